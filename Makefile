@@ -1,0 +1,72 @@
+# Two environments' worth of packages in one folder: `setup` is what jaxwm needs to run,
+# `setup-dev` adds what the tests and the linters need. Both do nothing when up to date.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+RUNTIME := $(VENV)/.runtime
+DEV := $(VENV)/.dev
+
+SEED ?= 0
+RUN ?= runs/demo
+DEMO ?= train dreamer_v3 --preset cartpole
+TESTS ?= tests
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo test lint format notebooks bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(RUNTIME) ## install jaxwm into .venv
+
+setup-dev: $(DEV) ## the same, with the tools for tests and style
+
+demo: $(RUNTIME) ## train DreamerV3 on CartPole into runs/demo (SEED=1: other random numbers)
+	$(PY) -m jaxwm.cli $(DEMO) --run $(RUN) --seed $(SEED)
+
+test: $(DEV) ## run the tests, with the coverage gate
+	$(PY) -m pytest $(TESTS) -n $(WORKERS) --cov
+
+lint: $(DEV) ## check style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+format: $(DEV) ## rewrite files in the project's style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+notebooks: $(DEV) ## run every notebook from top to bottom
+	$(PY) -m pytest tests/test_notebooks.py
+
+bench: $(RUNTIME) ## measure throughput; results go to benchmarks/results
+	$(PY) -m benchmarks.throughput
+
+clean: ## remove the environment, caches and build outputs; runs/ stays
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A folder left half made (an interrupted download, a Python since removed) is made again.
+define environment
+@command -v $(PYTHON) >/dev/null || { echo "jaxwm needs Python 3.11 or newer, and there is no \
+'$(PYTHON)' here. Install it, or name another one: make PYTHON=/path/to/python3" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "jaxwm needs Python \
+3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name a newer one: \
+make PYTHON=python3.12" >&2; exit 1; }
+@$(PY) -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+endef
+
+$(RUNTIME): pyproject.toml constraints.txt
+	$(environment)
+	@echo "Installing jaxwm and what it needs into $(VENV): a few minutes the first time."
+	@$(PIP) install -c constraints.txt -e .
+	@touch $(RUNTIME)
+
+$(DEV): pyproject.toml constraints.txt
+	$(environment)
+	@echo "Installing jaxwm and its development tools into $(VENV): a few minutes the first time."
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $(RUNTIME) $(DEV)

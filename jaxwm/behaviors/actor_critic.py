@@ -1,0 +1,280 @@
+"""The imagined actor-critic of DreamerV3 (arXiv:2301.04104, "Critic learning", "Actor learning").
+
+From every latent of a replayed batch the policy is rolled out in the world model; the critic
+learns lambda-returns of the dream, the actor follows the score-function gradient of returns
+normalised by the range of their percentiles. The critic also learns on the replayed rows, from
+the dream's returns as bootstrap; that loss alone sends a gradient into the world model.
+
+Indices: imagined states 0..H, of which state 0 is the replayed one; action i is drawn at state
+i; reward, continue and value belong to the state they are predicted at.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxwm import dists, nets
+from jaxwm.numerics import (
+    Percentiles,
+    percentiles_init,
+    percentiles_scale,
+    percentiles_update,
+    symexp_bins,
+)
+from jaxwm.returns import lambda_return, replay_lambda_return
+from jaxwm.types import (
+    Action,
+    Array,
+    Behavior,
+    Box,
+    Discrete,
+    JaxwmError,
+    Key,
+    Latent,
+    Metrics,
+    Params,
+    Space,
+    Step,
+    WorldModel,
+    as_dict,
+)
+
+sg = jax.lax.stop_gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class ActorCriticConfig:
+    """Numbers of the imagined actor-critic.
+
+    Args:
+      units: width of policy and critic.
+      layers: depth of policy and critic.
+      bins: bins of the two-hot critic.
+      imagine: steps H of each dream.
+      horizon: discount horizon in steps, for the replayed rows; the dream's discount is in the
+        predicted continue probability.
+      lambda_: mixing weight of the lambda-returns.
+      entropy: weight of the policy's entropy.
+      slow_regularizer: weight of the critic's loss towards its slow copy.
+      unimix: share of the uniform distribution in discrete policies.
+      start_weight: weight of the first imagined state, "predicted" by the continue head or
+        "true", 1 - is_terminal.
+      return_rate: update rate of the percentiles of the returns.
+    """
+
+    units: int = 1024
+    layers: int = 3
+    bins: int = 255
+    imagine: int = 15
+    horizon: int = 333
+    lambda_: float = 0.95
+    entropy: float = 3e-4
+    slow_regularizer: float = 1.0
+    unimix: float = 0.01
+    start_weight: Literal["predicted", "true"] = "predicted"
+    return_rate: float = 0.01
+
+
+class Dream(NamedTuple):
+    """What an imagined batch yields, none of it differentiated; H states unless noted."""
+
+    reward: Array  # (H + 1, N)
+    cont: Array  # (H + 1, N), probability, discount included
+    value: Array  # (H + 1, N)
+    weight: Array  # (H, N), probability of having got here
+    returns: Array  # (H, N)
+    advantage: Array  # (H, N)
+    scale: Array  # (), the divisor of the advantages
+
+
+def dream_targets(
+    config: ActorCriticConfig,
+    returns_range: Percentiles,
+    reward: Array,
+    cont: Array,
+    value: Array,
+) -> tuple[Dream, Percentiles]:
+    """Returns, advantages and weights of imagined trajectories.
+
+    R_i = r_{i+1} + c_{i+1} ((1 - lambda) v_{i+1} + lambda R_{i+1}),  R_H = v_H
+    w_i = c_0 ... c_i,   A_i = (R_i - v_i) / max(1, hi - lo)
+
+    where lo and hi are running percentiles that already include this batch.
+
+    Args:
+      config: gives lambda and the rate of the percentiles.
+      returns_range: the running percentiles.
+      reward: (H+1, N) predicted rewards.
+      cont: (H+1, N) predicted probabilities to go on, times the discount.
+      value: (H+1, N) predicted values.
+
+    Returns:
+      The targets, and the updated percentiles. No gradient flows through either.
+    """
+    reward, cont, value = sg((reward, cont, value))
+    columns = jax.vmap(lambda_return, in_axes=(1, 1, 1, None), out_axes=1)
+    returns = columns(reward[1:], cont[1:], value[1:], config.lambda_)
+    returns_range = percentiles_update(returns_range, returns, config.return_rate)
+    scale = percentiles_scale(returns_range)
+    weight = jnp.cumprod(cont, 0)[:-1]
+    advantage = (returns - value[:-1]) / scale
+    return Dream(reward, cont, value, weight, returns, advantage, scale), returns_range
+
+
+def actor_critic(
+    config: ActorCriticConfig,
+    action_space: Mapping[str, Space],
+    model: WorldModel,
+    feature_size: int,
+    dtype: str = "float32",
+) -> Behavior:
+    """The behaviour as pure functions; see `types.Behavior`.
+
+    `loss(params, slow, state, model_params, latents, steps, noise, action_noise)` returns
+    `{"policy" (T, B), "value" (T, B), "replay_value" (T-1, B)}`, the new state and metrics.
+
+    Args:
+      config: numbers.
+      action_space: space of each action key.
+      model: the world model to dream in.
+      feature_size: length of the model's features.
+      dtype: compute type.
+
+    Raises:
+      JaxwmError: if an action space is neither discrete nor a box of numbers.
+    """
+    sizes: dict[str, int] = {}
+    for name, space in action_space.items():
+        if isinstance(space, Discrete):
+            sizes[name] = math.prod(space.shape) * space.width
+        elif isinstance(space, Box) and space.dtype == "float32" and len(space.shape) > 0:
+            sizes[f"{name}_mean"] = sizes[f"{name}_std"] = math.prod(space.shape)
+        else:
+            raise JaxwmError(
+                f"The action {name!r} has the space {space}, which the actor-critic cannot "
+                "take: use Discrete, or a float32 Box of at least one dimension."
+            )
+    heads = (feature_size, config.units, config.layers)
+    policy_net = nets.Heads(*heads, sizes, 0.01, dtype)
+    value_net = nets.Heads(*heads, {"out": config.bins}, 0.0, dtype)
+    bins = symexp_bins(config.bins)
+
+    def init(key: Key) -> Params:
+        key_policy, key_value = jax.random.split(key)
+        feat = jnp.zeros((1, feature_size))
+        return {
+            "policy": policy_net.init(key_policy, feat)["params"],
+            "value": value_net.init(key_value, feat)["params"],
+        }
+
+    def policy(params: Params, feat: Array) -> dict[str, Any]:
+        out = nets.call(policy_net)(params["policy"], feat)
+        result = {}
+        for name, space in action_space.items():
+            if isinstance(space, Discrete):
+                logits = out[name].reshape(*feat.shape[:-1], *space.shape, space.width)
+                rank = len(space.shape)
+                result[name] = dists.Categorical(logits, space.mask(), config.unimix, rank)
+            else:
+                shape = (*feat.shape[:-1], *space.shape)
+                mean, std = out[f"{name}_mean"], out[f"{name}_std"]
+                mean, std = mean.reshape(shape), std.reshape(shape)
+                result[name] = dists.BoundedNormal(mean, std, event_ndims=len(space.shape))
+        return result
+
+    def value(params: Params, feat: Array) -> dists.TwoHot:
+        return dists.TwoHot(nets.call(value_net)(params["value"], feat)["out"], bins)
+
+    def noise(key: Key, lead: tuple[int, ...]) -> dict[str, Array]:
+        draws = {}
+        for index, (name, space) in enumerate(sorted(action_space.items())):
+            draw_key = jax.random.fold_in(key, index)
+            if isinstance(space, Discrete):
+                shape = (*lead, *space.shape, space.width)
+                draws[name] = jax.random.gumbel(draw_key, shape)
+            else:
+                draws[name] = jax.random.normal(draw_key, (*lead, *space.shape))
+        return draws
+
+    def act(params: Params, feat: Array, draws: dict[str, Array]) -> Action:
+        chosen = {
+            name: dist.sample_noise(draws[name]) for name, dist in policy(params, feat).items()
+        }
+        return chosen["action"] if set(chosen) == {"action"} else chosen
+
+    def loss(
+        params: Params,
+        slow: Params,
+        state: Percentiles,
+        model_params: Params,
+        latents: Latent,
+        steps: Step,
+        prior_noise: Array,
+        action_noise: dict[str, Array],
+    ) -> tuple[dict[str, Array], Percentiles, Metrics]:
+        lead = steps.is_first.shape
+        # Dreams are not differentiated: neither the model nor the policy learns through them.
+        fixed_model, fixed_params = sg(model_params), sg(params)
+        start = jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), latents)
+        imagined, actions = model.imagine(
+            fixed_model,
+            start,
+            lambda feat, draws: act(fixed_params, feat, draws),
+            prior_noise,
+            action_noise,
+        )
+        imagined, actions = sg((imagined, actions))
+        heads = model.predict(fixed_model, imagined, ("reward", "continue"))
+        feat = model.features(imagined)
+        cont = heads["continue"].mean()
+        if config.start_weight == "true":
+            cont = cont.at[0].set(1.0 - steps.is_terminal.reshape(-1))
+        values = value(params, feat)
+        dream, state = dream_targets(config, state, heads["reward"].mean(), cont, values.mean())
+
+        plan = policy(params, feat[:-1])
+        log_prob = sum(plan[k].log_prob(action) for k, action in as_dict(actions).items())
+        entropy = sum(dist.entropy() for dist in plan.values())
+        score = log_prob * dream.advantage + config.entropy * entropy
+        policy_loss = -(dream.weight * score).mean(0)
+
+        slow_value = sg(value(slow, feat[:-1]).mean())
+        errors = -dists.TwoHot(values.logits[:-1], bins).log_prob(dream.returns)
+        pull = -dists.TwoHot(values.logits[:-1], bins).log_prob(slow_value)
+        value_loss = (dream.weight * (errors + config.slow_regularizer * pull)).mean(0)
+
+        # Replayed rows: the dream's first returns are the bootstrap, and the gradient goes on
+        # into the world model.
+        bootstrap = dream.returns[0].reshape(lead)
+        columns = jax.vmap(replay_lambda_return, in_axes=(1, 1, 1, 1, None, None), out_axes=1)
+        discount = 1.0 - 1.0 / config.horizon
+        targets = columns(
+            steps.reward, steps.is_last, steps.is_terminal, bootstrap, discount, config.lambda_
+        )
+        replayed = value(params, model.features(jax.tree.map(lambda x: x[:-1], latents)))
+        replay_loss = -replayed.log_prob(targets)
+        slow_start = slow_value[0].reshape(lead)[:-1]
+        replay_loss -= config.slow_regularizer * replayed.log_prob(slow_start)
+        replay_loss *= 1.0 - steps.is_last[:-1]
+
+        losses = {
+            "policy": policy_loss.reshape(lead),
+            "value": value_loss.reshape(lead),
+            "replay_value": replay_loss,
+        }
+        metrics = {
+            "dream/return": dream.returns.mean(),
+            "dream/return_scale": dream.scale,
+            "dream/value": dream.value.mean(),
+            "dream/reward": dream.reward.mean(),
+            "dream/continue": dream.cont.mean(),
+            "dream/advantage": jnp.abs(dream.advantage).mean(),
+            "policy/entropy": entropy.mean(),
+        }
+        return losses, state, metrics
+
+    return Behavior(init, percentiles_init, noise, policy, value, act, loss)

@@ -1,0 +1,107 @@
+"""Configurations as JSON: frozen dataclasses out, the very same dataclasses back, or an error.
+
+Reading is strict: an unknown key, a missing key or a value of another type is refused with the
+path of the key, so a stored configuration means what it says.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxwm.types import JaxwmError, nearest
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dicts, lists, strings and numbers."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def write(config: Any, path: Path) -> None:
+    """Writes a dataclass as JSON."""
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def read(cls: type[T], path: Path) -> T:
+    """Reads what `write` wrote.
+
+    Raises:
+      JaxwmError: if the file is not there, is not JSON, or does not describe a `cls`.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise JaxwmError(f"There is no configuration at {path}.") from None
+    except json.JSONDecodeError as error:
+        raise JaxwmError(f"The configuration {path} is not JSON: {error}.") from None
+    return from_dict(cls, data)
+
+
+def from_dict(cls: type[T], data: Any, path: str = "") -> T:
+    """A dataclass from nested dicts.
+
+    Args:
+      cls: the dataclass to build.
+      data: one entry per field, nothing else.
+      path: where `data` stands, for messages.
+
+    Raises:
+      JaxwmError: naming the key, what it holds and what it should hold.
+    """
+    if not isinstance(data, dict):
+        raise JaxwmError(f"The configuration entry {path or 'root'} should be a table: {data!r}.")
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
+    for key in data:
+        if key not in names:
+            raise nearest(path + key, [path + name for name in names], "configuration entry")
+    missing = [path + name for name in names if name not in data]
+    if missing:
+        raise JaxwmError(f"The configuration lacks {', '.join(missing)}.")
+    values = {name: _convert(hints[name], data[name], path + name) for name in names}
+    return cls(**values)
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """The entries in which two dataclasses of one type differ, as "path: a here, b there"."""
+    lines = []
+    for field in dataclasses.fields(one):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if dataclasses.is_dataclass(a) and type(a) is type(b):
+            lines += differences(a, b, f"{path}{field.name}.")
+        elif a != b:
+            lines.append(f"{path}{field.name}: {a!r} here, {b!r} there")
+    return lines
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises a `JaxwmError` with `message` unless `condition` holds."""
+    if not condition:
+        raise JaxwmError(message)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, path + ".")
+    if origin is typing.Literal:
+        ok = value in args
+    elif origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = [arg for arg in args if arg is not type(None)]
+        return _convert(inner, value, path)
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_convert(args[0], part, f"{path}[{i}]") for i, part in enumerate(value))
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    else:
+        ok = isinstance(value, hint) and (hint is bool) == isinstance(value, bool)
+    if not ok:
+        wanted = " or ".join(map(repr, args)) if origin is typing.Literal else str(hint)
+        raise JaxwmError(f"The configuration entry {path} is {value!r}; it should be {wanted}.")
+    return value

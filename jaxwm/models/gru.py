@@ -1,0 +1,96 @@
+"""The block-diagonal gated recurrent core of DreamerV3 (arXiv:2301.04104).
+
+One step takes the deterministic state h (D), the stochastic state z (S*K) and an action to the
+next h. The state is cut into blocks that only meet through a narrow projection of the whole
+state, so the recurrent product costs 1/blocks of a dense one.
+
+What does not depend on the recurrent carry, the action's whole path, is `action_input`: it is
+computed for all steps at once, and only `step` stays inside the scan.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxwm import nets
+from jaxwm.types import Array, Float, JaxwmError
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockGRUConfig:
+    """Sizes of the core.
+
+    Args:
+      deter: size D of the deterministic state.
+      hidden: width of the three input projections.
+      blocks: number of blocks; divides `deter`.
+    """
+
+    deter: int = 8192
+    hidden: int = 1024
+    blocks: int = 8
+
+    def __post_init__(self):
+        if min(self.deter, self.hidden, self.blocks) < 1 or self.deter % self.blocks:
+            raise JaxwmError(
+                f"The recurrent core has deter={self.deter}, hidden={self.hidden} and "
+                f"blocks={self.blocks}: all must be positive and blocks must divide deter."
+            )
+
+
+class BlockGRU(nn.Module):
+    """`h' = u * tanh(r * c) + (1 - u) * h` with gates from a block-linear hidden layer."""
+
+    config: BlockGRUConfig
+    stoch_size: int
+    action_size: int
+    dtype: str = "float32"
+
+    def setup(self):
+        deter, hidden, blocks = self.config.deter, self.config.hidden, self.config.blocks
+        self.in_deter = nets.Linear(deter, hidden, dtype=self.dtype)
+        self.in_stoch = nets.Linear(self.stoch_size, hidden, dtype=self.dtype)
+        self.in_action = nets.Linear(self.action_size, hidden, dtype=self.dtype)
+        self.in_deter_norm = nets.RMSNorm(hidden)
+        self.in_stoch_norm = nets.RMSNorm(hidden)
+        self.in_action_norm = nets.RMSNorm(hidden)
+        # Per block: its own slice of h, then the three projections that all blocks share.
+        self.hidden = nets.BlockLinear(deter + 3 * hidden * blocks, deter, blocks, self.dtype)
+        self.hidden_norm = nets.RMSNorm(deter)
+        self.gates = nets.BlockLinear(deter, 3 * deter, blocks, self.dtype)
+
+    def __call__(
+        self, deter: Float[Array, "N D"], stoch: Float[Array, "N SK"], action: Float[Array, "N A"]
+    ) -> Float[Array, "N D"]:
+        return self.step(deter, stoch, self.action_input(action))
+
+    def action_input(self, action: Float[Array, "*lead A"]) -> Float[Array, "*lead D"]:
+        """What an action adds to the hidden layer, its bias included.
+
+        Actions are clipped softly to [-1, 1], without a gradient through the divisor.
+        """
+        action = action / jax.lax.stop_gradient(jnp.maximum(1.0, jnp.abs(action)))
+        x2 = nets.silu(self.in_action_norm(self.in_action(action)))
+        start = self.config.deter // self.config.blocks + 2 * self.config.hidden
+        return self.hidden.add_bias(self.hidden.shared_rows(x2, start))
+
+    def step(
+        self,
+        deter: Float[Array, "N D"],
+        stoch: Float[Array, "N SK"],
+        action_input: Float[Array, "N D"],
+    ) -> Float[Array, "N D"]:
+        """One step of the recurrence, from the precomputed `action_input`."""
+        blocks, slice_size = self.config.blocks, self.config.deter // self.config.blocks
+        x0 = nets.silu(self.in_deter_norm(self.in_deter(deter)))
+        x1 = nets.silu(self.in_stoch_norm(self.in_stoch(stoch)))
+        grouped = deter.reshape(-1, blocks, slice_size)
+        own = self.hidden.rows(grouped, 0).reshape(deter.shape)
+        shared = self.hidden.shared_rows(jnp.concatenate([x0, x1], -1), slice_size)
+        x = nets.silu(self.hidden_norm(own + shared + action_input))
+        gates = self.gates(x).reshape(-1, blocks, 3, slice_size)
+        reset, candidate, update = (gates[:, :, i].reshape(deter.shape) for i in range(3))
+        update = jax.nn.sigmoid(update - 1)
+        return update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * deter

@@ -1,0 +1,271 @@
+"""The recurrent state-space model: encoder, core, latent and heads as one `WorldModel`.
+
+    tokens_t  = encoder(obs_t)
+    h_t       = core(h_{t-1}, z_{t-1}, action_t)      action_t led to row t
+    z_t       ~ posterior(h_t, tokens_t)              observe
+    z_t       ~ prior(h_t)                            imagine
+    obs, reward, continue ~ heads(h_t, z_t)
+
+Only what depends on the recurrent carry is inside the scans; the encoder, the action's and the
+tokens' projections, the prior, all heads and all random draws are computed for every step at
+once. Source: PlaNet (arXiv:1811.04551) for the model, DreamerV3 (arXiv:2301.04104) for its form.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxwm import dists, nets
+from jaxwm.models import latents as lt
+from jaxwm.models.encoders import (
+    CodecConfig,
+    Decoder,
+    Encoder,
+    concat_entries,
+    concat_size,
+    observation_dist,
+    reconstruction_loss,
+)
+from jaxwm.models.gru import BlockGRU, BlockGRUConfig
+from jaxwm.numerics import symexp_bins
+from jaxwm.types import (
+    Array,
+    Key,
+    Latent,
+    Metrics,
+    ObsSpace,
+    Params,
+    Space,
+    Step,
+    WorldModel,
+    as_dict,
+    zeros,
+)
+
+sg = jax.lax.stop_gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldModelConfig:
+    """Sizes of the world model.
+
+    Args:
+      core: the recurrent core.
+      latent: the stochastic latent.
+      codec: encoder and decoder.
+      units: width of the reward and continue heads (one layer each).
+      bins: bins of the two-hot reward head.
+      horizon: discount horizon in steps; the continue head learns (1 - 1/horizon) * continue.
+      dtype: compute type; parameters are float32.
+    """
+
+    core: BlockGRUConfig = BlockGRUConfig()
+    latent: lt.LatentConfig = lt.LatentConfig()
+    codec: CodecConfig = CodecConfig()
+    units: int = 1024
+    bins: int = 255
+    horizon: int = 333
+    dtype: str = "float32"
+
+
+class Posterior(nn.Module):
+    """Logits of q(z | h, tokens), with the tokens' product split off."""
+
+    config: WorldModelConfig
+    token_size: int
+
+    def setup(self):
+        latent, core, dtype = self.config.latent, self.config.core, self.config.dtype
+        self.hidden = nets.Linear(core.deter + self.token_size, core.hidden, dtype=dtype)
+        self.norm = nets.RMSNorm(core.hidden)
+        self.logits = nets.Linear(core.hidden, latent.stoch * latent.classes, dtype=dtype)
+
+    def token_input(self, tokens: Array) -> Array:
+        return self.hidden.add_bias(self.hidden.rows(tokens, self.config.core.deter))
+
+    def __call__(self, deter: Array, token_input: Array) -> Array:
+        x = nets.silu(self.norm(self.hidden.rows(deter, 0) + token_input))
+        x = self.logits(x)
+        return x.reshape(*x.shape[:-1], self.config.latent.stoch, self.config.latent.classes)
+
+
+class Prior(nn.Module):
+    """Logits of p(z | h)."""
+
+    config: WorldModelConfig
+
+    @nn.compact
+    def __call__(self, deter: Array) -> Array:
+        latent, core, dtype = self.config.latent, self.config.core, self.config.dtype
+        x = nets.MLP(core.deter, core.hidden, 2, dtype, name="mlp")(deter)
+        size = latent.stoch * latent.classes
+        x = nets.Linear(core.hidden, size, dtype=dtype, name="logits")(x)
+        return x.reshape(*x.shape[:-1], latent.stoch, latent.classes)
+
+
+def world_model(
+    config: WorldModelConfig, obs_space: ObsSpace, action_space: dict[str, Space]
+) -> WorldModel:
+    """The model of one world as pure functions; see `types.WorldModel` for their signatures.
+
+    Args:
+      config: sizes.
+      obs_space: space of each observation key.
+      action_space: space of each action key.
+
+    Raises:
+      JaxwmError: if images cannot be halved to 3..16 pixels or differ in size.
+    """
+    dtype, latent = config.dtype, config.latent
+    stoch_size = latent.stoch * latent.classes
+    feature_size = config.core.deter + stoch_size
+    action_size = concat_size(action_space)
+    bins = symexp_bins(config.bins)
+
+    encoder = Encoder(obs_space, config.codec, dtype)
+    decoder = Decoder(obs_space, config.codec, dtype)
+    core = BlockGRU(config.core, stoch_size, action_size, dtype)
+    prior = Prior(config)
+    reward = nets.Heads(feature_size, config.units, 1, {"out": config.bins}, 0.0, dtype)
+    cont = nets.Heads(feature_size, config.units, 1, {"out": 1}, 1.0, dtype)
+    sample_obs = zeros(obs_space, (1,))
+    token_size = jax.eval_shape(encoder.init_with_output, jax.random.key(0), sample_obs)[0].shape
+    posterior = Posterior(config, token_size[-1])
+
+    encode, decode = nets.call(encoder), nets.call(decoder)
+    action_input, core_step = nets.call(core, "action_input"), nets.call(core, "step")
+    token_input, posterior_logits = nets.call(posterior, "token_input"), nets.call(posterior)
+    prior_logits = nets.call(prior)
+
+    def init(key: Key) -> Params:
+        deter, stoch = jnp.zeros((1, config.core.deter)), jnp.zeros((1, stoch_size))
+        inputs = {
+            "encoder": (encoder, sample_obs),
+            "core": (core, deter, stoch, jnp.zeros((1, action_size))),
+            "posterior": (posterior, deter, jnp.zeros((1, config.core.hidden))),
+            "prior": (prior, deter),
+            "decoder": (decoder, deter, stoch),
+            "reward": (reward, jnp.zeros((1, feature_size))),
+            "continue": (cont, jnp.zeros((1, feature_size))),
+        }
+        keys = jax.random.split(key, len(inputs))
+        return {
+            name: module.init(keys[i], *args)["params"]
+            for i, (name, (module, *args)) in enumerate(inputs.items())
+        }
+
+    def initial(batch: int) -> Latent:
+        return Latent(
+            jnp.zeros((batch, config.core.deter), dtype),
+            jnp.zeros((batch, latent.stoch, latent.classes), dtype),
+        )
+
+    def noise(key: Key, lead: tuple[int, ...]) -> Array:
+        return lt.gumbel(latent, key, lead)
+
+    def sample(logits: Array, gumbel: Array) -> Array:
+        return lt.distribution(latent, logits).sample_noise(gumbel).astype(dtype)
+
+    def embed_action(params: Params, action: Mapping[str, Array], is_first: Any = None) -> Array:
+        vector = concat_entries(action_space, action)
+        if is_first is not None:
+            vector = jnp.where(is_first[..., None], 0.0, vector)
+        return action_input(params["core"], vector)
+
+    def observe(
+        params: Params, carry: Latent, steps: Step, noise: Array
+    ) -> tuple[Latent, Array]:
+        lead = steps.is_first.shape
+        flat_obs = {k: steps.obs[k].reshape(-1, *s.shape) for k, s in obs_space.items()}
+        tokens = encode(params["encoder"], flat_obs)
+        inputs = (
+            embed_action(params, as_dict(steps.action), steps.is_first),
+            token_input(params["posterior"], tokens.reshape(*lead, -1)),
+            ~steps.is_first,
+            noise,
+        )
+
+        def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Latent, Array]]:
+            action, token, keep, gumbel = inputs
+            deter = jnp.where(keep[:, None], carry.deter, 0)
+            stoch = jnp.where(keep[:, None], _flat(carry.stoch), 0)
+            deter = core_step(params["core"], deter, stoch, action)
+            logits = posterior_logits(params["posterior"], deter, token)
+            carry = Latent(deter, sample(logits, gumbel))
+            return carry, (carry, logits)
+
+        _, (latents, logits) = jax.lax.scan(step, carry, inputs)
+        return latents, logits
+
+    def imagine(
+        params: Params, start: Latent, policy: Callable, noise: Array, policy_noise: Any
+    ) -> tuple[Latent, Any]:
+        def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Latent, Any]]:
+            gumbel, policy_draw = inputs
+            action = policy(features(carry), policy_draw)
+            moved = embed_action(params, as_dict(action))
+            deter = core_step(params["core"], carry.deter, _flat(carry.stoch), moved)
+            stoch = sample(prior_logits(params["prior"], deter), gumbel)
+            carry = Latent(deter, stoch)
+            return carry, (carry, action)
+
+        _, (latents, actions) = jax.lax.scan(step, start, (noise, policy_noise))
+        joined = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), start, latents)
+        return joined, actions
+
+    def predict(
+        params: Params, latents: Latent, keys: tuple[str, ...] | None = None
+    ) -> dict[str, Any]:
+        lead = latents.deter.shape[:-1]
+        wanted = (*obs_space, "reward", "continue") if keys is None else keys
+        outputs: dict[str, Any] = {}
+        if any(key in obs_space for key in wanted):
+            deter = latents.deter.reshape(-1, config.core.deter)
+            raw = decode(params["decoder"], deter, _flat(latents.stoch).reshape(-1, stoch_size))
+            for key, space in obs_space.items():
+                outputs[key] = observation_dist(space, raw[key].reshape(*lead, *raw[key].shape[1:]))
+        feat = features(latents)
+        if "reward" in wanted:
+            outputs["reward"] = dists.TwoHot(nets.call(reward)(params["reward"], feat)["out"], bins)
+        if "continue" in wanted:
+            logit = nets.call(cont)(params["continue"], feat)["out"][..., 0]
+            outputs["continue"] = dists.SoftBernoulli(logit)
+        return outputs
+
+    def loss(
+        params: Params, carry: Latent, steps: Step, noise: Array
+    ) -> tuple[dict[str, Array], Latent, Metrics]:
+        latents, post = observe(params, carry, steps, noise)
+        prior = prior_logits(params["prior"], latents.deter)
+        dyn, rep = lt.kl_losses(latent, post, prior)
+        outputs = predict(params, latents)
+        alive = (1.0 - steps.is_terminal) * (1.0 - 1.0 / config.horizon)
+        losses = {
+            "dyn": dyn,
+            "rep": rep,
+            "reward": -outputs["reward"].log_prob(steps.reward),
+            "continue": -outputs["continue"].log_prob(alive),
+        }
+        for key, space in obs_space.items():
+            losses[f"rec/{key}"] = reconstruction_loss(space, outputs[key], steps.obs[key])
+        metrics = {
+            "latent/post_entropy": lt.distribution(latent, sg(post)).entropy().mean(),
+            "latent/prior_entropy": lt.distribution(latent, sg(prior)).entropy().mean(),
+        }
+        return losses, latents, metrics
+
+    return WorldModel(init, initial, noise, observe, imagine, predict, loss, features)
+
+
+def features(latent: Latent) -> Array:
+    """What heads read: deter and the flattened stoch, (..., D + S * K)."""
+    return jnp.concatenate([latent.deter, _flat(latent.stoch)], -1)
+
+
+def _flat(stoch: Array) -> Array:
+    return stoch.reshape(*stoch.shape[:-2], -1)
+

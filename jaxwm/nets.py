@@ -1,0 +1,232 @@
+"""Layers: linear, block-linear, RMS norm, convolutions and stacks of them.
+
+Every layer is a flax linen module with explicit input sizes, used through the pure `init` and
+`apply`. Parameters are float32; inputs and parameters are cast to `dtype` at use. The order in
+a stack is linear (or convolution, then pooling), RMS norm, SiLU. Initialisers and norms follow
+DreamerV3 (arXiv:2301.04104).
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxwm.types import Array, Float
+
+silu = nn.silu
+
+
+def truncated_normal_in(fan_in: int, scale: float = 1.0) -> Callable[..., Array]:
+    """Truncated normal at two deviations with standard deviation `scale * sqrt(1 / fan_in)`.
+
+    The factor 1.1368 undoes the shrinking of the variance by the truncation.
+    """
+
+    def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+        if scale == 0.0:
+            return jnp.zeros(shape, dtype)
+        draw = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
+        return draw * (1.1368 * fan_in**-0.5 * scale)
+
+    return init
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + 1e-4) * scale` over the last axis, computed in float32."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead F"]) -> Float[Array, "*lead F"]:
+        scale = self.param("scale", nn.initializers.ones, (self.size,))
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + 1e-4)
+        return (wide * inverse * _over(scale, wide)).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias`; `rows` applies a slice of the input rows alone.
+
+    Splitting a product by rows lets what does not depend on a scan's carry be computed for
+    all steps at once, outside the scan.
+    """
+
+    inputs: int
+    outputs: int
+    scale: float = 1.0
+    dtype: str = "float32"
+
+    def setup(self):
+        init = truncated_normal_in(self.inputs, self.scale)
+        self.kernel = self.param("kernel", init, (self.inputs, self.outputs))
+        self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+
+    def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
+        return self.add_bias(self.rows(x, 0))
+
+    def rows(self, x: Float[Array, "*lead part"], start: int) -> Float[Array, "*lead outputs"]:
+        """`x @ kernel[start : start + part]`, without the bias."""
+        kernel = self.kernel[start : start + x.shape[-1]]
+        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+
+    def add_bias(self, x: Float[Array, "*lead outputs"]) -> Float[Array, "*lead outputs"]:
+        return x + _over(self.bias.astype(self.dtype), x)
+
+
+class BlockLinear(nn.Module):
+    """`blocks` independent linear maps over equal contiguous slices of the input.
+
+    The fan-in of the initialiser is the full input size, as in the reference, so kernels start
+    smaller by `sqrt(blocks)` than their own inputs would ask for.
+    """
+
+    inputs: int
+    outputs: int
+    blocks: int = 8
+    dtype: str = "float32"
+
+    def setup(self):
+        shape = (self.blocks, self.inputs // self.blocks, self.outputs // self.blocks)
+        self.kernel = self.param("kernel", truncated_normal_in(self.inputs), shape)
+        self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+
+    def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
+        grouped = x.reshape(*x.shape[:-1], self.blocks, -1)
+        flat = self.rows(grouped, 0).reshape(*x.shape[:-1], self.outputs)
+        return self.add_bias(flat)
+
+    def rows(self, x: Float[Array, "*lead G part"], start: int) -> Float[Array, "*lead G out"]:
+        """Each block's `x[..., g, :] @ kernel[g, start : start + part]`, without the bias."""
+        kernel = self.kernel[:, start : start + x.shape[-1]]
+        return jnp.einsum("...gi,gio->...go", x.astype(self.dtype), kernel.astype(self.dtype))
+
+    def shared_rows(self, x: Float[Array, "*lead part"], start: int) -> Float[Array, "*lead out"]:
+        """One input read by every block: a single dense product, without the bias."""
+        kernel = self.kernel[:, start : start + x.shape[-1]]
+        dense = kernel.transpose(1, 0, 2).reshape(x.shape[-1], self.outputs)
+        return x.astype(self.dtype) @ dense.astype(self.dtype)
+
+    def add_bias(self, x: Float[Array, "*lead outputs"]) -> Float[Array, "*lead outputs"]:
+        return x + _over(self.bias.astype(self.dtype), x)
+
+
+class MLP(nn.Module):
+    """`layers` times linear, RMS norm, SiLU."""
+
+    inputs: int
+    units: int
+    layers: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead units"]:
+        size = self.inputs
+        for index in range(self.layers):
+            x = Linear(size, self.units, dtype=self.dtype, name=f"linear{index}")(x)
+            x = silu(RMSNorm(self.units, name=f"norm{index}")(x))
+            size = self.units
+        return x
+
+
+class Heads(nn.Module):
+    """An MLP and one linear output per name: (..., inputs) to {name: (..., size)}."""
+
+    inputs: int
+    units: int
+    layers: int
+    outputs: Mapping[str, int]
+    scale: float = 1.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead inputs"]) -> dict[str, Array]:
+        x = MLP(self.inputs, self.units, self.layers, self.dtype, name="mlp")(x)
+        return {
+            name: Linear(self.units, size, self.scale, self.dtype, name=name)(x)
+            for name, size in self.outputs.items()
+        }
+
+
+class Conv(nn.Module):
+    """Convolution of NHWC maps with SAME padding and a bias."""
+
+    inputs: int
+    outputs: int
+    kernel: int = 5
+    stride: int = 1
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+        kernel, bias = _conv_params(self)
+        x = _convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+        return x + _over(bias.astype(self.dtype), x)
+
+
+class ConvTranspose(nn.Module):
+    """Transposed convolution of stride 2: (n, h, w, c) to (n, 2h, 2w, outputs).
+
+    Input pixels stand at the odd positions of a map of zeros, which is then convolved with
+    stride 1.
+    """
+
+    inputs: int
+    outputs: int
+    kernel: int = 5
+    stride: int = 2
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+        kernel, bias = _conv_params(self)
+        half = self.kernel // 2
+        pad = (half + self.stride - 1, half)
+        x = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (1, 1),
+            (pad, pad),
+            lhs_dilation=(self.stride, self.stride),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return x + _over(bias.astype(self.dtype), x)
+
+
+def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+    """Maximum over 2x2 squares."""
+    n, h, w, c = x.shape
+    return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def upsample(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+    """Nearest-neighbour doubling of height and width."""
+    n, h, w, c = x.shape
+    wide = jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c))
+    return wide.reshape(n, 2 * h, 2 * w, c)
+
+
+def _conv_params(module: Conv | ConvTranspose) -> tuple[Array, Array]:
+    shape = (module.kernel, module.kernel, module.inputs, module.outputs)
+    init = truncated_normal_in(module.kernel * module.kernel * module.inputs)
+    kernel = module.param("kernel", init, shape)
+    bias = module.param("bias", nn.initializers.zeros, (module.outputs,))
+    return kernel, bias
+
+
+def _convolve(x: Array, kernel: Array, stride: int) -> Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _over(vector: Array, like: Array) -> Array:
+    """A vector of the last axis with the rank of `like`: rank promotion is an error in tests."""
+    return jnp.expand_dims(vector, range(like.ndim - 1)) if like.ndim > 1 else vector
+
+
+def call(module: nn.Module, method: str = "__call__") -> Callable[..., Array]:
+    """`(params, *args) -> output` of one method of a module."""
+    bound = functools.partial(module.apply, method=method)
+    return lambda params, *args: bound({"params": params}, *args)

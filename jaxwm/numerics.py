@@ -1,0 +1,254 @@
+"""Squashing, two-hot bins and running statistics: the arithmetic every model shares.
+
+All results are float32 whatever comes in, because bins reach 5e8 and running statistics
+move by a hundredth per update. Statistics are NamedTuple states: an `_init`, an `_update`
+that mixes in one batch, and a `_scale` that reads the state.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num, Shaped
+
+from jaxwm.types import JaxwmError
+
+Statistics = TypeVar("Statistics")
+
+
+def prepend_axes(x: Shaped[Array, "..."], ndim: int) -> Shaped[Array, "..."]:
+    """`x` with leading axes of size 1 until it has `ndim` axes."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def _odd(function: Callable[[Array], Array], x: Array) -> Array:
+    """`function(|x|)` with the sign of x; unlike `sign(x) * f(abs(x))` smooth at zero."""
+    x = x.astype(jnp.float32)
+    negative = x < 0
+    size = function(jnp.where(negative, -x, x))
+    return jnp.where(negative, -size, size)
+
+
+def symlog(x: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Squash any magnitude: `sign(x) * log(1 + |x|)`.
+
+    Args:
+      x: numbers in any units.
+
+    Returns:
+      float32 of the same shape; the identity to first order at 0, also for gradients.
+
+    Source: "Symlog predictions" in DreamerV3 (arXiv:2301.04104).
+    """
+    return _odd(jnp.log1p, x)
+
+
+def symexp(x: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Undo `symlog`: `sign(x) * (exp(|x|) - 1)`; infinite beyond |x| of about 88.
+
+    Args:
+      x: numbers in symlog space.
+
+    Returns:
+      float32 of the same shape, in the units `symlog` was given.
+
+    Source: "Symlog predictions" in DreamerV3 (arXiv:2301.04104).
+    """
+    return _odd(jnp.expm1, x)
+
+
+def symexp_bins(n: int = 255) -> Float[Array, " n"]:
+    """Exponentially spaced bins from -symexp(20) to symexp(20), exactly mirrored.
+
+    The lower half is `symexp(linspace(-20, 0))` and the upper half its negative. For odd
+    `n` 0 is the middle bin; for even `n` it appears twice.
+
+    Args:
+      n: number of bins, at least 3.
+
+    Returns:
+      Ascending float32 positions in raw units; the ends are at 4.85e8.
+
+    Raises:
+      JaxwmError: if `n` is too small to hold both ends and zero.
+
+    Source: "Critic learning" in DreamerV3 (arXiv:2301.04104).
+    """
+    if n < 3:
+        raise JaxwmError(f"symexp_bins got n={n}, but needs at least 3: both ends and zero.")
+    half = symexp(jnp.linspace(-20.0, 0.0, (n + 1) // 2, dtype=jnp.float32))
+    return jnp.concatenate([half, -half[::-1][n % 2 :]])
+
+
+def twohot(value: Num[Array, "*batch"], bins: Float[Array, " n"]) -> Float[Array, "*batch n"]:
+    """Spread each value over the two bins around it so that the weighted mean is the value.
+
+    The weights are linear in raw space and sum to 1. Values beyond an end, infinite ones
+    too, put all mass on the end bin; where two bins coincide the later one counts; a NaN
+    gives NaN weights.
+
+    Args:
+      value: numbers in the units of `bins`.
+      bins: ascending positions, as from `symexp_bins`.
+
+    Returns:
+      Weights in [0, 1]. No gradient flows to `value` or `bins`.
+
+    Source: "Critic learning" in DreamerV3 (arXiv:2301.04104).
+    """
+    value, bins = jax.lax.stop_gradient((value.astype(jnp.float32)[..., None], bins))
+    bins = prepend_axes(bins, value.ndim)
+    lower, width = bins[..., :-1], jnp.diff(bins)
+    # How far the value has passed through each gap between bins, 0 before and 1 beyond it.
+    # Neighbouring gaps' differences are the weights: no search, gather or scatter.
+    inside = jnp.clip((value - lower) / jnp.where(width > 0, width, 1.0), 0.0, 1.0)
+    passed = jnp.where(width > 0, inside, (value >= lower).astype(jnp.float32))
+    return -jnp.diff(passed, prepend=1.0, append=0.0)
+
+
+def twohot_mean(
+    probs: Float[Array, "*batch n"], bins: Float[Array, " n"]
+) -> Float[Array, "*batch"]:
+    """Expected bin position, exactly 0 for probabilities symmetric about zero.
+
+    Adds `(p[n-1-i] - p[i]) * bins[n-1-i]` over mirrored pairs: uniform probabilities cancel
+    before they are multiplied by positions of up to 5e8, where a plain sum leaves noise.
+
+    Args:
+      probs: probabilities of the bins.
+      bins: positions with `bins[i] = -bins[n-1-i]`, as from `symexp_bins`.
+
+    Returns:
+      The mean, in the units of `bins`; gradients flow to `probs`.
+
+    Source: own derivation.
+    """
+    half = bins.shape[-1] // 2
+    probs = probs.astype(jnp.float32)
+    surplus = probs[..., -half:] - probs[..., :half][..., ::-1]
+    return jnp.sum(surplus * prepend_axes(bins[-half:], probs.ndim), axis=-1)
+
+
+class Percentiles(NamedTuple):
+    """Moving averages of a low and a high percentile, in the units of the data."""
+
+    lo: Float[Array, ""]
+    hi: Float[Array, ""]
+
+
+class Moments(NamedTuple):
+    """Moving averages of the data and of its square."""
+
+    mean: Float[Array, ""]
+    square: Float[Array, ""]
+
+
+def moving_average(old: Statistics, new: Statistics, rate: float) -> Statistics:
+    """`(1 - rate) * old + rate * new` for two pytrees of one structure.
+
+    Applied to a number that starts at 0 with `new = 1.0` it gives the `weight` that
+    `debias` needs.
+
+    Args:
+      old: the state so far.
+      new: the same statistics of one batch.
+      rate: share of `new`, in [0, 1].
+
+    Returns:
+      The mixed state.
+    """
+    return jax.tree.map(lambda o, n: (1 - rate) * o + rate * n, old, new)
+
+
+def debias(state: Statistics, weight: Float[Array, ""]) -> Statistics:
+    """Statistics that started at 0, as if they had averaged only what they have seen.
+
+    Args:
+      state: statistics made by repeated `moving_average` from 0.
+      weight: what the same averages of the number 1 give, `1 - (1 - rate)**updates`.
+
+    Returns:
+      `state / weight`, and zeros before the first update.
+
+    Source: "Adam" (arXiv:1412.6980), section 3.
+    """
+    return jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-8), state)
+
+
+def percentiles_init() -> Percentiles:
+    """The state before any batch: zeros."""
+    return Percentiles(jnp.zeros(()), jnp.zeros(()))
+
+
+def percentiles_update(
+    state: Percentiles,
+    x: Float[Array, "..."],
+    rate: float = 0.01,
+    low: float = 5.0,
+    high: float = 95.0,
+) -> Percentiles:
+    """Mix the percentiles of one batch into the state.
+
+    Args:
+      state: the state so far.
+      x: the batch, of any shape; percentiles interpolate linearly over all its entries.
+      rate: share of the batch, in [0, 1].
+      low: lower percentile, 0..100.
+      high: upper percentile, 0..100.
+
+    Returns:
+      The new state; no gradient flows to `x`.
+
+    Source: "Actor learning" in DreamerV3 (arXiv:2301.04104).
+    """
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    lo, hi = jnp.percentile(x, jnp.asarray([low, high]))
+    return moving_average(state, Percentiles(lo, hi), rate)
+
+
+def percentiles_scale(state: Percentiles, limit: float = 1.0) -> Float[Array, ""]:
+    """What to divide by: `max(limit, hi - lo)`.
+
+    Args:
+      state: the running percentiles.
+      limit: smallest scale, so that small data is never magnified by more than 1 / limit.
+
+    Returns:
+      The scale, in the units of the data.
+    """
+    return jnp.maximum(limit, state.hi - state.lo)
+
+
+def moments_init() -> Moments:
+    """The state before any batch: zeros."""
+    return Moments(jnp.zeros(()), jnp.zeros(()))
+
+
+def moments_update(state: Moments, x: Float[Array, "..."], rate: float = 0.01) -> Moments:
+    """Mix the mean and mean square of one batch into the state.
+
+    Args:
+      state: the state so far.
+      x: the batch, of any shape.
+      rate: share of the batch, in [0, 1].
+
+    Returns:
+      The new state; no gradient flows to `x`.
+    """
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    return moving_average(state, Moments(jnp.mean(x), jnp.mean(jnp.square(x))), rate)
+
+
+def moments_scale(state: Moments, limit: float = 1e-8) -> Float[Array, ""]:
+    """What to divide by: the standard deviation, at least `limit`.
+
+    Args:
+      state: the running moments, debiased or not.
+      limit: smallest scale.
+
+    Returns:
+      The scale, in the units of the data.
+    """
+    variance = state.square - jnp.square(state.mean)
+    return jnp.maximum(limit, jnp.sqrt(jnp.maximum(variance, 0.0)))

@@ -1,0 +1,241 @@
+"""The optimiser of DreamerV3 as optax transformations, and slowly following copies.
+
+Updates are computed per tensor and without Python state, so one more `vmap` trains many
+seeds. Parameters and statistics are float32.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxwm.types import JaxwmError, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The arguments of `laprop`: `laprop(**dataclasses.asdict(config))`.
+
+    Args:
+      learning_rate: step size after the warmup.
+      warmup_steps: updates over which the step size grows from 0; 0 for none.
+      agc: largest gradient norm of a tensor, as a share of the norm of the tensor.
+      beta1: decay of the momentum.
+      beta2: decay of the mean square gradient.
+      eps: added to the root mean square gradient.
+    """
+
+    learning_rate: float = 4e-5
+    warmup_steps: int = 1000
+    agc: float = 0.3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-20
+
+
+def global_norm(tree: Params) -> Float[Array, ""]:
+    """Euclidean norm over all entries of all tensors, in float32.
+
+    Args:
+      tree: gradients, updates or parameters.
+
+    Returns:
+      One number; 0 for an empty tree.
+    """
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, start=jnp.zeros(())))
+
+
+def adaptive_grad_clip(clip: float = 0.3, floor: float = 1e-3) -> optax.GradientTransformation:
+    """Shrink each tensor's gradient to at most a share of the tensor's own norm.
+
+        g <- g / max(1, |g| / (clip * max(floor, |p|)))
+
+    with Euclidean norms over whole tensors, biases and scales included.
+
+    Args:
+      clip: largest ratio of gradient to parameter norm.
+      floor: smallest parameter norm assumed, so that tensors starting at 0 can move.
+
+    Returns:
+      A transformation whose `update` needs `params`.
+
+    Source: "Optimizer" in DreamerV3 (arXiv:2301.04104), after arXiv:2102.06171.
+    """
+
+    def clipped(g, p):
+        largest = clip * jnp.maximum(floor, global_norm(p))
+        return g / jnp.maximum(1.0, global_norm(g) / largest)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(clipped, updates, params))
+
+
+class LaPropState(NamedTuple):
+    """Updates made, mean square gradient and momentum of the normalised gradient."""
+
+    count: Int[Array, ""]
+    square: Params
+    momentum: Params
+
+
+def scale_by_laprop(
+    beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-20
+) -> optax.GradientTransformation:
+    """Normalise the gradient first, then apply momentum (Adam does it the other way round).
+
+        v <- beta2 * v + (1 - beta2) * g^2
+        m <- beta1 * m + (1 - beta1) * g / (sqrt(v / (1 - beta2^t)) + eps)
+        update = m / (1 - beta1^t)
+
+    Gradient entries below about 3e-18 have a square that float32 cannot hold; dividing by
+    `eps` alone they may move by more than one learning rate.
+
+    Args:
+      beta1: decay of the momentum.
+      beta2: decay of the mean square gradient.
+      eps: added outside the root.
+
+    Returns:
+      A transformation with a `LaPropState`.
+
+    Source: LaProp (arXiv:2002.04839), as used in DreamerV3 (arXiv:2301.04104).
+    """
+
+    def init(params):
+        square, momentum = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return LaPropState(jnp.zeros((), jnp.int32), square, momentum)
+
+    def update(updates, state, params=None):
+        del params
+        count = state.count + 1
+        # In float32 as the reference forms them: the rounding of 1 - beta2^t is visible in
+        # the first updates.
+        seen1, seen2 = (1 - beta ** count.astype(jnp.float32) for beta in (beta1, beta2))
+        square = jax.tree.map(
+            lambda v, g: beta2 * v + (1 - beta2) * jnp.square(g), state.square, updates
+        )
+        momentum = jax.tree.map(
+            lambda m, v, g: beta1 * m + (1 - beta1) * g / (jnp.sqrt(v / seen2) + eps),
+            state.momentum,
+            square,
+            updates,
+        )
+        scaled = jax.tree.map(lambda m: m / seen1, momentum)
+        return scaled, LaPropState(count, square, momentum)
+
+    return optax.GradientTransformation(init, update)
+
+
+def warmup(learning_rate: float | Float[Array, ""], steps: int) -> optax.Schedule:
+    """Learning rate growing linearly from 0, then constant.
+
+    The n-th update (n from 1) uses `learning_rate * min(1, (n - 1) / steps)`, so the first
+    one does not move the parameters.
+
+    Args:
+      learning_rate: the final value, a number or a traced scalar.
+      steps: updates until it is reached; 0 for no warmup.
+
+    Returns:
+      A schedule of the number of updates made before, n - 1.
+
+    Raises:
+      JaxwmError: if `steps` is negative.
+
+    Source: "Optimizer" in DreamerV3 (arXiv:2301.04104).
+    """
+    if steps < 0:
+        raise JaxwmError(f"warmup got steps={steps}; give the updates it lasts, 0 for none.")
+    if steps == 0:
+        return optax.constant_schedule(learning_rate)
+    return optax.linear_schedule(0.0, learning_rate, steps)
+
+
+def laprop(
+    learning_rate: float | Float[Array, ""] | optax.Schedule = OptimConfig.learning_rate,
+    warmup_steps: int = OptimConfig.warmup_steps,
+    agc: float = OptimConfig.agc,
+    beta1: float = OptimConfig.beta1,
+    beta2: float = OptimConfig.beta2,
+    eps: float = OptimConfig.eps,
+) -> optax.GradientTransformation:
+    """Adaptive gradient clipping, LaProp, and a learning rate with warmup.
+
+    Args:
+      learning_rate: step size after the warmup, a number or a traced scalar (one per seed,
+        say); or a schedule, which is used as it is, without warmup.
+      warmup_steps: see `warmup`.
+      agc: see `adaptive_grad_clip`.
+      beta1: see `scale_by_laprop`.
+      beta2: see `scale_by_laprop`.
+      eps: see `scale_by_laprop`.
+
+    Returns:
+      A transformation whose `update` needs `params` and gives what to add to them.
+
+    Source: "Optimizer" in DreamerV3 (arXiv:2301.04104).
+    """
+    schedule = learning_rate if callable(learning_rate) else warmup(learning_rate, warmup_steps)
+    return optax.chain(
+        adaptive_grad_clip(agc),
+        scale_by_laprop(beta1, beta2, eps),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+class SlowState(NamedTuple):
+    """The slow copy and the number of updates made to it."""
+
+    params: Params
+    count: Int[Array, ""]
+
+
+class SlowCopy(NamedTuple):
+    """Parameters that follow others slowly: a target network.
+
+    Attributes:
+      init: `params -> SlowState`, an equal copy in its own memory.
+      update: `SlowState, params -> SlowState`, called after every optimiser step.
+    """
+
+    init: Callable[[Params], SlowState]
+    update: Callable[[SlowState, Params], SlowState]
+
+
+def slow_copy(rate: float = 0.02, every: int = 1) -> SlowCopy:
+    """Move a copy by `slow <- (1 - rate) * slow + rate * fast` at every `every`-th update.
+
+    Args:
+      rate: share of the fast parameters, in [0, 1]; 1 copies them outright.
+      every: updates between two moves; the first update moves.
+
+    Returns:
+      The pair of functions.
+
+    Raises:
+      JaxwmError: if `rate` or `every` is out of range.
+
+    Source: "Critic learning" in DreamerV3 (arXiv:2301.04104).
+    """
+    if not 0 <= rate <= 1 or every < 1:
+        raise JaxwmError(
+            f"slow_copy got rate={rate}, every={every}; give a rate in [0, 1] and every >= 1."
+        )
+
+    def init(params):
+        # A real copy: the same buffer twice in a donated train state is an error.
+        return SlowState(jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32))
+
+    def update(state, params):
+        mix = jnp.where(state.count % every == 0, rate, 0.0)
+        slow = jax.tree.map(lambda s, p: (1 - mix) * s + mix * p, state.params, params)
+        return SlowState(slow, state.count + 1)
+
+    return SlowCopy(init, update)
+
+
+apply_updates = optax.apply_updates

@@ -1,0 +1,63 @@
+"""Recipes: papers as configurations. A recipe holds numbers and choices, never maths."""
+
+import dataclasses
+from collections.abc import Callable
+
+from jaxwm.agent import AgentConfig
+from jaxwm.config import require
+from jaxwm.replay import ReplayConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run, but the versions of the software.
+
+    Args:
+      env: name of the environment, as `jaxwm envs` lists them.
+      recipe: name of the recipe.
+      size: name of the size the agent was made from.
+      variant: name of the variant, where code and paper differ.
+      seed: first seed.
+      seeds: number of seeds trained side by side in one program: seed, seed + 1, ...
+      steps: environment steps per seed, over all its environments.
+      envs: environments per seed.
+      action_repeat: times each action is repeated in the environment.
+      time_limit: steps after which an episode is cut; 0 leaves it to the environment.
+      replay: the replay and the train ratio.
+      agent: world model, behaviour and optimiser.
+      eval_episodes: episodes of the evaluation at the end.
+      log_every: environment steps between two lines of metrics.
+      save_every: environment steps between two checkpoints.
+    """
+
+    env: str
+    recipe: str = "dreamer_v3"
+    size: str = "size200m"
+    variant: str = "head"
+    seed: int = 0
+    seeds: int = 1
+    steps: int = 1_000_000
+    envs: int = 16
+    action_repeat: int = 1
+    time_limit: int = 0
+    replay: ReplayConfig = ReplayConfig()
+    agent: AgentConfig = AgentConfig()
+    eval_episodes: int = 20
+    log_every: int = 1_000
+    save_every: int = 50_000
+
+    def __post_init__(self):
+        for name in ("seeds", "steps", "envs", "action_repeat", "log_every", "save_every"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}; it must be at least 1.")
+        for name in ("seed", "time_limit", "eval_episodes"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} is {value}; it must not be negative.")
+        self.replay.rows_per_env(self.envs)
+
+
+def recipes() -> dict[str, Callable[..., RunConfig]]:
+    """Every recipe by name: functions `(env, size, variant, preset) -> RunConfig`."""
+    from jaxwm.recipes import dreamer_v3
+
+    return {"dreamer_v3": dreamer_v3.config}

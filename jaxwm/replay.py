@@ -1,0 +1,220 @@
+"""Replay on the device: a ring of rows per environment, written and sampled inside the program.
+
+Every array is (environment, capacity, ...): the environment axis can be sharded, and adding a
+row for all environments is one slice update. Windows are T + 1 consecutive rows of one
+environment and may cross episode ends; row 0 is context only: its stored latent is the carry
+from which rows 1..T are trained. Fresh latents are written back after training.
+
+New windows are trained on once before any other: each environment's rows are cut into
+consecutive windows, which wait in a queue; the rest of a batch is uniform. The queue needs no
+storage, because all environments advance together: its content is a function of counters.
+Source: DreamerV3 (arXiv:2301.04104) and spec of its public code.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxwm.types import Array, Int, JaxwmError, Key, Latent, Step
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayConfig:
+    """Size and use of the replay.
+
+    Args:
+      capacity: rows kept in all, over all environments.
+      batch_size: windows B per update.
+      batch_length: trained rows T per window.
+      train_ratio: rows trained on per environment step, a whole number or a fraction; updates
+        per environment step are train_ratio / (B * T), kept exactly over a run.
+      online: whether every new window is trained on once before the uniform ones.
+    """
+
+    capacity: int = 5_000_000
+    batch_size: int = 16
+    batch_length: int = 64
+    train_ratio: float = 32.0
+    online: bool = True
+
+    def __post_init__(self):
+        for name in ("capacity", "batch_size", "batch_length", "train_ratio"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise JaxwmError(f"The replay's {name} is {value}; it must be positive.")
+
+    def rows_per_env(self, envs: int) -> int:
+        """Capacity of each of `envs` rings.
+
+        Raises:
+          JaxwmError: if a window does not fit into a ring.
+        """
+        rows = self.capacity // envs
+        if rows < self.batch_length + 1:
+            raise JaxwmError(
+                f"A replay of {self.capacity} rows gives each of {envs} environments {rows}, "
+                f"fewer than the {self.batch_length + 1} rows of one window (batch_length + 1). "
+                "Raise the capacity, or lower batch_length or the number of environments."
+            )
+        return rows
+
+
+class Buffer(NamedTuple):
+    """What is stored; leading axes (environment, capacity)."""
+
+    rows: Step
+    deter: Array  # (..., D), compute type
+    stoch: Array  # (..., S), class indices
+
+
+class Cursor(NamedTuple):
+    """Where the rings stand; the same for all environments and all seeds of a program."""
+
+    written: Int[Array, ""]  # rows ever added to each ring
+    online: Int[Array, ""]  # windows ever taken from the queue
+
+
+class Window(NamedTuple):
+    """A sampled batch."""
+
+    context: Latent  # (B, ...), the carry before row 0 of `steps`
+    steps: Step  # (T, B, ...)
+    env: Int[Array, " B"]
+    index: Int[Array, "T B"]  # places of `steps` in the rings
+
+
+class Replay(NamedTuple):
+    """A replay as pure functions.
+
+    Attributes:
+      init: `() -> Buffer, Cursor`.
+      add: `buffer, cursor, rows (N, ...), latents (N, ...) -> buffer, cursor`.
+      sample: `buffer, cursor, key -> Window, cursor`.
+      write_back: `buffer, window, latents (T, B) -> buffer`.
+      ready: `cursor -> bool`, whether enough windows are there to train.
+      nbytes: size of the buffer in bytes.
+    """
+
+    init: Callable[[], tuple[Buffer, Cursor]]
+    add: Callable[..., tuple[Buffer, Cursor]]
+    sample: Callable[..., tuple[Window, Cursor]]
+    write_back: Callable[..., Buffer]
+    ready: Callable[[Cursor], Array]
+    nbytes: int
+
+
+def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
+    """The replay for rows and latents like the given ones.
+
+    Args:
+      config: size and use.
+      row: one row of all N environments, (N, ...); arrays or their shapes.
+      latent: their latents, (N, ...); arrays or their shapes.
+
+    Raises:
+      JaxwmError: if a window does not fit.
+    """
+    count = row.is_first.shape[0]
+    capacity = config.rows_per_env(count)
+    length, batch = config.batch_length, config.batch_size
+    classes = latent.stoch.shape[-1]
+    index_dtype = jnp.uint8 if classes <= 256 else jnp.int32
+
+    def empty(x: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, capacity, *x.shape[1:]), dtype or x.dtype)
+
+    shapes = Buffer(
+        jax.tree.map(empty, row),
+        empty(latent.deter),
+        jax.ShapeDtypeStruct((count, capacity, latent.stoch.shape[1]), index_dtype),
+    )
+    nbytes = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(shapes))
+
+    def init() -> tuple[Buffer, Cursor]:
+        zero = jnp.zeros((), jnp.int32)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), Cursor(zero, zero)
+
+    def add(
+        buffer: Buffer, cursor: Cursor, rows: Step, latents: Latent
+    ) -> tuple[Buffer, Cursor]:
+        new = Buffer(rows, latents.deter, jnp.argmax(latents.stoch, -1).astype(index_dtype))
+        place = cursor.written % capacity
+
+        def put(ring: Array, value: Array) -> Array:
+            value = value[:, None].astype(ring.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(ring, value, place, 1)
+
+        return jax.tree.map(put, buffer, new), cursor._replace(written=cursor.written + 1)
+
+    def choose(cursor: Cursor, key: Key) -> tuple[Array, Array, Cursor]:
+        """Environment and first row (counted from the start of the run) of each window."""
+        key_env, key_start = jax.random.split(key)
+        oldest = jnp.maximum(cursor.written - capacity, 0)
+        env = jax.random.randint(key_env, (batch,), 0, count)
+        start = jax.random.randint(key_start, (batch,), oldest, cursor.written - length)
+        if not config.online:
+            return env, start, cursor
+        # Window w of the queue: rows (w // N) * (T + 1) onwards of environment w % N.
+        whole = cursor.written // (length + 1) * count
+        kept = -(-oldest // (length + 1)) * count
+        head = jnp.maximum(cursor.online, kept)
+        window = head + jnp.arange(batch)
+        queued = window < whole
+        env = jnp.where(queued, window % count, env)
+        start = jnp.where(queued, window // count * (length + 1), start)
+        return env, start, cursor._replace(online=jnp.clip(whole, head, head + batch))
+
+    def sample(buffer: Buffer, cursor: Cursor, key: Key) -> tuple[Window, Cursor]:
+        env, start, cursor = choose(cursor, key)
+        return read(buffer, env, start), cursor
+
+    def read(buffer: Buffer, env: Array, start: Array) -> Window:
+        place = (start[None] + jnp.arange(length + 1)[:, None]) % capacity
+        rows = jax.tree.map(lambda ring: ring[env[None], place], buffer.rows)
+        steps = jax.tree.map(lambda x: x[1:], close_abandoned(rows))
+        deter = buffer.deter[env, place[0]]
+        stoch = jax.nn.one_hot(buffer.stoch[env, place[0]], classes, dtype=latent.stoch.dtype)
+        return Window(Latent(deter, stoch), steps, env, place[1:])
+
+    def write_back(buffer: Buffer, window: Window, latents: Latent) -> Buffer:
+        at = (jnp.broadcast_to(window.env[None], window.index.shape), window.index)
+        stoch = jnp.argmax(latents.stoch, -1).astype(index_dtype)
+        deter = buffer.deter.at[at].set(latents.deter.astype(buffer.deter.dtype))
+        return buffer._replace(deter=deter, stoch=buffer.stoch.at[at].set(stoch))
+
+    def ready(cursor: Cursor) -> Array:
+        # As many windows as the rows of a batch, as in the reference; both counts are bounded.
+        per_env = jnp.minimum(cursor.written, capacity) - length
+        return per_env >= max(1, -(-min(batch * length, count * (capacity - length)) // count))
+
+    return Replay(init, add, sample, write_back, ready, nbytes)
+
+
+def close_abandoned(rows: Step) -> Step:
+    """Marks `is_last` where the next row of a window (T + 1, B) starts another episode.
+
+    Only episodes that were abandoned, by a crash or a resume, need it; the last row stays.
+    """
+    follows = jnp.concatenate([rows.is_first[1:], jnp.zeros_like(rows.is_first[:1])])
+    return rows._replace(is_last=rows.is_last | follows)
+
+
+def check_fits(nbytes: int, what: str = "The replay") -> None:
+    """Refuses to allocate more bytes than the device has.
+
+    Raises:
+      JaxwmError: stating both sizes.
+    """
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if nbytes > 0.9 * limit:
+        raise JaxwmError(
+            f"{what} needs {nbytes / 2**30:.1f} GiB and the device ({device.device_kind}) has "
+            f"{limit / 2**30:.1f} GiB. Lower --replay.capacity or the number of seeds."
+        )

@@ -1,0 +1,51 @@
+"""Environments by name."""
+
+import subprocess
+import sys
+
+import pytest
+
+from jaxwm import envs
+from jaxwm.types import JaxwmError
+
+
+def test_importing_does_not_import_the_packages():
+    code = (
+        "import sys, jaxwm.envs as e; e.make('toy/Memory'); "
+        "assert not {'gymnax', 'brax', 'mujoco', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_are_made_and_checked():
+    known = envs.names()
+    assert set(known) == {"brax", "gymnax", "toy"}
+    assert "CartPole-v1" in known["gymnax"] and "halfcheetah" in known["brax"]
+    assert "MNISTBandit-bsuite" not in known["gymnax"]
+    for name in known["toy"]:
+        env = envs.make(f"toy/{name}")
+        assert env.name == f"toy/{name}"
+        envs.validate(env)
+    for name in known["gymnax"]:
+        envs.validate(envs.make(f"gymnax/{name}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CartPole-v1", "no environment called 'CartPole-v1'. Did you mean gymnax/CartPole-v1"),
+        ("gymnaks/CartPole-v1", "no environment suite called 'gymnaks'. Did you mean gymnax"),
+        ("toy/Memroy", "no toy environment called 'Memroy'. Did you mean Memory"),
+        ("gymnax/Cartpole", "no gymnax environment called 'Cartpole'. Did you mean CartPole-v1"),
+    ],
+)
+def test_unknown_names_meet_the_nearest(name, message):
+    with pytest.raises(JaxwmError, match=message):
+        envs.make(name)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnax", None)
+    with pytest.raises(JaxwmError, match=r"needs the package 'gymnax'.*pip install gymnax six"):
+        envs.make("gymnax/CartPole-v1")
+    assert envs.names()["gymnax"] == []

@@ -1,0 +1,431 @@
+"""Recorded arrays of the reference implementation, recomputed: model, dream, losses, gradients.
+
+`recompute(arrays)` takes a file of the layout of tests/data/vector.npz (any sizes, any mix of
+observations and actions), loads its parameters, injects its noise and returns every output
+under the recorded name and in the recorded layout: batch before time, dreams as rows
+n = b * T + t.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxwm.agent import Agent, AgentConfig, Noise, make_agent
+from jaxwm.behaviors.actor_critic import ActorCriticConfig, dream_targets
+from jaxwm.models.encoders import CodecConfig, Encoder
+from jaxwm.models.gru import BlockGRUConfig
+from jaxwm.models.latents import LatentConfig, distribution
+from jaxwm.models.world_model import Prior, WorldModelConfig
+from jaxwm.numerics import Percentiles
+from jaxwm.returns import replay_lambda_return
+from jaxwm.types import Box, Discrete, Latent, Space, Step, is_image
+
+FLAGS = ("reward", "is_first", "is_last", "is_terminal")
+
+# Reference parameter name -> path in our tree, first match wins.
+NAMES = (
+    (r"enc/mlp(\d+)norm/", r"model/encoder/mlp/norm\1/"),
+    (r"enc/mlp(\d+)/", r"model/encoder/mlp/linear\1/"),
+    (r"enc/cnn(\d+)norm/", r"model/encoder/conv_norm\1/"),
+    (r"enc/cnn(\d+)/", r"model/encoder/conv\1/"),
+    (r"dyn/dynin0(norm)?/", r"model/core/in_deter\1/"),
+    (r"dyn/dynin1(norm)?/", r"model/core/in_stoch\1/"),
+    (r"dyn/dynin2(norm)?/", r"model/core/in_action\1/"),
+    (r"dyn/dynhid0(norm)?/", r"model/core/hidden\1/"),
+    (r"dyn/dyngru/", r"model/core/gates/"),
+    (r"dyn/obs0norm/", r"model/posterior/norm/"),
+    (r"dyn/obs0/", r"model/posterior/hidden/"),
+    (r"dyn/obslogit/", r"model/posterior/logits/"),
+    (r"dyn/prior(\d+)norm/", r"model/prior/mlp/norm\1/"),
+    (r"dyn/prior(\d+)/", r"model/prior/mlp/linear\1/"),
+    (r"dyn/priorlogit/", r"model/prior/logits/"),
+    (r"dec/vec/(.+)/(pred|logits)/", r"model/decoder/out_\1/"),
+    (r"dec/sp0/", r"model/decoder/space_deter/"),
+    (r"dec/sp1(norm)?/", r"model/decoder/space_stoch\1/"),
+    (r"dec/sp2/", r"model/decoder/space_hidden/"),
+    (r"dec/spnorm/", r"model/decoder/space_norm/"),
+    (r"dec/conv(\d+)norm/", r"model/decoder/conv_norm\1/"),
+    (r"dec/imgout/", r"model/decoder/image_out/"),
+    (r"dec/", r"model/decoder/"),
+    (r"rew/head/logits/", r"model/reward/out/"),
+    (r"rew/", r"model/reward/"),
+    (r"con/head/logit/", r"model/continue/out/"),
+    (r"con/", r"model/continue/"),
+    (r"pol/head/(.+)/mean/", r"behavior/policy/\1_mean/"),
+    (r"pol/head/(.+)/stddev/", r"behavior/policy/\1_std/"),
+    (r"pol/head/(.+)/logits/", r"behavior/policy/\1/"),
+    (r"pol/", r"behavior/policy/"),
+    (r"val/head/logits/", r"behavior/value/out/"),
+    (r"val/", r"behavior/value/"),
+    (r"slowval/head/logits/", r"slow/value/out/"),
+    (r"slowval/", r"slow/value/"),
+)
+
+
+def our_path(name: str) -> tuple[str, ...]:
+    """Path in our parameter tree of the reference's parameter `name`."""
+    for pattern, replacement in NAMES:
+        if re.match(pattern, name):
+            path = re.sub(pattern, replacement, name, count=1)
+            return tuple(re.sub(r"([a-z])norm/", r"\1_norm/", path).split("/"))
+    raise KeyError(f"the reference's parameter {name} has no place in our tree")
+
+
+def pick(tree: Any, name: str) -> np.ndarray:
+    """The leaf of our {"model", "behavior", "slow"} tree for the reference's `name`."""
+    for key in our_path(name):
+        tree = tree[key]
+    return np.asarray(tree)
+
+
+def load_params(arrays: Mapping[str, np.ndarray], prefix: str = "params/") -> dict[str, Any]:
+    """Our tree {"model", "behavior", "slow"} from the arrays under `prefix`."""
+    tree: dict[str, Any] = {}
+    for key in arrays:
+        if key.startswith(prefix):
+            *path, leaf = our_path(key.removeprefix(prefix))
+            node = tree
+            for part in path:
+                node = node.setdefault(part, {})
+            node[leaf] = jnp.asarray(arrays[key])
+    return tree
+
+
+def spaces(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Space], dict[str, Space]]:
+    """Observation and action spaces, read off the shapes."""
+    obs: dict[str, Space] = {}
+    for key in _names(arrays, "in/obs/"):
+        value = arrays[f"in/obs/{key}"]
+        shape = value.shape[2:]
+        if key in FLAGS:
+            continue
+        head = f"params/dec/vec/{key}/logits/bias"
+        if head in arrays:
+            obs[key] = Discrete(arrays[head].size // max(1, int(np.prod(shape))), shape)
+        else:
+            obs[key] = Box(shape, str(value.dtype))
+    actions: dict[str, Space] = {}
+    for key in _names(arrays, "in/prevact/"):
+        shape = arrays[f"in/prevact/{key}"].shape[2:]
+        head = f"params/pol/head/{key}/logits/bias"
+        if head in arrays:
+            actions[key] = Discrete(arrays[head].size // max(1, int(np.prod(shape))), shape)
+        else:
+            actions[key] = Box(shape, low=-1.0, high=1.0)
+    return obs, actions
+
+
+def agent_config(arrays: Mapping[str, np.ndarray]) -> AgentConfig:
+    """Sizes of the recorded agent, read off the shapes."""
+    count = lambda pattern: sum(bool(re.fullmatch(pattern, key)) for key in arrays)  # noqa: E731
+    blocks, slice_size, _ = arrays["params/dyn/dyngru/kernel"].shape
+    stoch, classes = arrays["in/carry/stoch"].shape[-2:]
+    layers = count(r"params/enc/mlp\d+/kernel") or 3
+    cnn0 = arrays.get("params/enc/cnn0/kernel")
+    units = arrays["params/rew/mlp/norm0/scale"].size
+    bins = arrays["params/rew/head/logits/bias"].size
+    core = BlockGRUConfig(blocks * slice_size, arrays["params/dyn/obs0/bias"].size, blocks)
+    codec = CodecConfig(units, layers, depth=4 if cnn0 is None else cnn0.shape[-1] // 2)
+    model = WorldModelConfig(core, LatentConfig(stoch, classes), codec, units, bins)
+    behavior = ActorCriticConfig(
+        units,
+        layers=count(r"params/pol/mlp/linear\d+/kernel"),
+        bins=arrays["params/val/head/logits/bias"].size,
+        imagine=arrays["noise/prior"].shape[1],
+        unimix=0.0,
+    )
+    return AgentConfig(model, behavior, dtype="float32")
+
+
+class Case:
+    """One recorded batch with its agent, all in our layout."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self.arrays = arrays
+        self.obs_space, self.action_space = spaces(arrays)
+        self.config = agent_config(arrays)
+        self.agent: Agent = make_agent(self.config, self.obs_space, self.action_space)
+        tree = load_params(arrays)
+        self.params = {"model": tree["model"], "behavior": tree["behavior"]}
+        self.slow = tree["slow"]
+        self.state = Percentiles(
+            jnp.asarray(arrays["state/retnorm_lo"]), jnp.asarray(arrays["state/retnorm_hi"])
+        )
+        self.batch, self.time = arrays["in/obs/is_first"].shape
+        self.carry = Latent(
+            jnp.asarray(arrays["in/carry/deter"]), jnp.asarray(arrays["in/carry/stoch"])
+        )
+        self.steps = Step(
+            action={k: self.time_major(f"in/prevact/{k}") for k in self.action_space},
+            obs={k: self.observation(k) for k in self.obs_space},
+            **{k: self.time_major(f"in/obs/{k}") for k in FLAGS},
+        )
+        self.noise = Noise(
+            self.time_major("noise/post"), self.dream_major("noise/prior"), self.action_noise()
+        )
+
+    def time_major(self, name: str) -> jax.Array:
+        return jnp.asarray(np.swapaxes(self.arrays[name], 0, 1))
+
+    def observation(self, key: str) -> jax.Array:
+        value = self.time_major(f"in/obs/{key}")
+        return value.astype(jnp.int32) if isinstance(self.obs_space[key], Discrete) else value
+
+    def dream_major(self, name: str) -> jax.Array:
+        """(b * T + t, H, ...) to (H, t * B + b, ...)."""
+        x = self.arrays[name]
+        x = x.reshape(self.batch, self.time, *x.shape[1:])
+        x = np.moveaxis(x, 2, 0)  # H, B, T
+        x = np.swapaxes(x, 1, 2)
+        return jnp.asarray(x.reshape(x.shape[0], self.batch * self.time, *x.shape[3:]))
+
+    def dream_back(self, x: jax.Array) -> np.ndarray:
+        """(H, t * B + b, ...) to (b * T + t, H, ...)."""
+        array = np.asarray(x)
+        array = array.reshape(array.shape[0], self.time, self.batch, *array.shape[2:])
+        array = np.moveaxis(np.swapaxes(array, 1, 2), 0, 2)
+        return array.reshape(self.batch * self.time, *array.shape[2:])
+
+    def action_noise(self) -> dict[str, jax.Array]:
+        if "noise/act" in self.arrays:
+            (key,) = self.action_space
+            return {key: self.dream_major("noise/act")}
+        return {key: self.dream_major(f"noise/act/{key}") for key in self.action_space}
+
+
+def recompute(case: Case) -> dict[str, np.ndarray]:
+    """Every `out/` array that is not a gradient, under its recorded name."""
+    agent, params, steps = case.agent, case.params, case.steps
+    model, behavior = agent.model, agent.behavior
+    trained = Noise(
+        case.noise.posterior,
+        case.noise.prior,
+        {k: v[:-1] for k, v in case.noise.action.items()},
+    )
+    out: dict[str, np.ndarray] = {}
+
+    def put(name: str, value: Any) -> None:
+        """Records a (T, B, ...) array."""
+        out[f"out/{name}"] = np.swapaxes(np.asarray(value), 0, 1)
+
+    def put_dream(name: str, value: Any) -> None:
+        out[f"out/img/{name}"] = case.dream_back(value)
+
+    @jax.jit
+    def model_part(params: Any) -> Any:
+        latents, post = model.observe(params["model"], case.carry, steps, trained.posterior)
+        prior = Prior(case.config.model).apply({"params": params["model"]["prior"]}, latents.deter)
+        return latents, post, prior
+
+    latents, post, prior = model_part(params)
+    latent_config = case.config.model.latent
+    put("rssm/deter", latents.deter)
+    put("rssm/stoch", latents.stoch)
+    for name, logits in (("post", post), ("prior", prior)):
+        dist = distribution(latent_config, logits)
+        put(f"rssm/{name}_logit", logits)
+        put(f"rssm/{name}_logprob", dist.logprobs)
+        put(f"rssm/{name}_entropy", dist.entropy())
+    kl = distribution(latent_config, post).kl_divergence(distribution(latent_config, prior))
+    put("rssm/kl_dyn_raw", kl)
+    put("rssm/kl_rep_raw", kl)
+
+    heads = model.predict(params["model"], latents)
+    feat = model.features(latents)
+    for key, space in case.obs_space.items():
+        if is_image(space):
+            pixels = np.swapaxes(np.asarray(heads[key].pred), 0, 1)
+            out[f"out/dec/{key}/pred_first"] = pixels[0, :1]
+            out[f"out/dec/{key}/pred_stride8"] = pixels[:, :, 3::8, 5::8]
+            out[f"out/dec/{key}/pred_sum"] = pixels.sum((2, 3))
+        elif isinstance(space, Box):
+            put(f"dec/{key}/pred", heads[key].pred)
+        else:
+            put(f"dec/{key}/logprob", heads[key].logprobs)
+    put("rew/logits", heads["reward"].logits)
+    put("rew/pred", heads["reward"].mean())
+    put("con/logit", heads["continue"].logit)
+    put("con/prob", heads["continue"].mean())
+    for name, values in (
+        ("val", behavior.value(params["behavior"], feat)),
+        ("slowval", behavior.value(case.slow, feat)),
+    ):
+        put(f"{name}/logits", values.logits)
+        put(f"{name}/pred", values.mean())
+    for key, dist in behavior.policy(params["behavior"], feat).items():
+        put(f"pol/{key}/entropy", dist.entropy())
+        if f"in/act_given/{key}" in case.arrays:
+            put(f"pol/{key}/logp", dist.log_prob(case.time_major(f"in/act_given/{key}")))
+        if isinstance(case.action_space[key], Discrete):
+            # Raw logits are not kept: compare them up to the constant that softmax ignores.
+            put(f"pol/{key}/logits", _unnormalise(case, f"out/pol/{key}/logits", dist.logprobs))
+        else:
+            put(f"pol/{key}/mean", dist.mean())
+            put(f"pol/{key}/std", dist.stddev())
+
+    total, report = jax.jit(agent.loss)(
+        params, case.slow, case.state, case.carry, steps, trained
+    )
+    names = {"replay_value": "repval", "reward": "rew", "continue": "con"}
+    for name, value in report.losses.items():
+        ours = names.get(name, name.removeprefix("rec/"))
+        put(f"loss/{ours}", value)
+        out[f"out/total/mean/{ours}"] = np.asarray(value.mean())
+        out[f"out/total/scale/{ours}"] = np.float32(case.config.weights.of(name))
+    out["out/total/loss"] = np.asarray(total)
+    out["out/retnorm_lo_after"] = np.asarray(report.behavior.lo)
+    out["out/retnorm_hi_after"] = np.asarray(report.behavior.hi)
+
+    # The dream, piece by piece.
+    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    act = lambda feat, draws: behavior.act(params["behavior"], feat, draws)  # noqa: E731
+    imagined, actions = jax.jit(
+        lambda params: model.imagine(
+            params, jax.tree.map(flat, latents), act, trained.prior, trained.action
+        )
+    )(params["model"])
+    dream_feat = model.features(imagined)
+    last = act(dream_feat[-1], {k: v[-1] for k, v in case.noise.action.items()})
+    actions, last = (x if isinstance(x, dict) else {"action": x} for x in (actions, last))
+    actions = {k: jnp.concatenate([actions[k], last[k][None]]) for k in actions}
+    prior_net = Prior(case.config.model)
+    prior_logits = prior_net.apply({"params": params["model"]["prior"]}, imagined.deter[1:])
+    dream_heads = model.predict(params["model"], imagined, ("reward", "continue"))
+    values = behavior.value(params["behavior"], dream_feat)
+    slow = behavior.value(case.slow, dream_feat)
+    reward, cont = dream_heads["reward"].mean(), dream_heads["continue"].mean()
+    dream, _ = dream_targets(case.config.behavior, case.state, reward, cont, values.mean())
+    policy = behavior.policy(params["behavior"], dream_feat)
+    logp = sum(policy[k].log_prob(actions[k]) for k in actions)
+    entropy = sum(dist.entropy() for dist in policy.values())
+    put_dream("deter", imagined.deter)
+    put_dream("stoch", imagined.stoch)
+    put_dream("prior_logit", prior_logits)
+    for key, value in actions.items():
+        put_dream("action" if len(actions) == 1 else f"action/{key}", value)
+    put_dream("rew", reward)
+    put_dream("con", cont)
+    put_dream("val", values.mean())
+    put_dream("slowval", slow.mean())
+    put_dream("weight", jnp.cumprod(cont, 0))
+    put_dream("ret", dream.returns)
+    put_dream("adv", dream.advantage)
+    put_dream("logpi", logp)
+    put_dream("entropy", entropy)
+    for key, dist in policy.items():
+        tail = "" if len(policy) == 1 else f"/{key}"
+        if isinstance(case.action_space[key], Discrete):
+            name = f"pol_logits{tail}"
+            recorded = case.arrays.get(f"out/img/{name}")
+            logits = case.dream_back(dist.logprobs)
+            out[f"out/img/{name}"] = _shift(logits, recorded)
+        else:
+            put_dream(f"pol_mean{tail}", dist.mean())
+            put_dream(f"pol_std{tail}", dist.stddev())
+    score = logp[:-1] * dream.advantage + 3e-4 * entropy[:-1]
+    put_dream("policy_loss", -dream.weight * score)
+    short = type(values)(values.logits[:-1], values.bins)
+    pull = short.log_prob(slow.mean()[:-1])
+    put_dream("value_loss", -dream.weight * (short.log_prob(dream.returns) + pull))
+    out["out/img/retnorm_scale"] = np.asarray(dream.scale)
+
+    boot = dream.returns[0].reshape(case.time, case.batch)
+    columns = jax.vmap(replay_lambda_return, (1, 1, 1, 1), 1)
+    put("repl/boot", boot)
+    put("repl/ret", columns(steps.reward, steps.is_last, steps.is_terminal, boot))
+    put("repl/val", behavior.value(params["behavior"], feat).mean())
+    put("repl/slowval", behavior.value(case.slow, feat).mean())
+    out["out/enc/tokens"] = tokens(case)
+    return out
+
+
+def tokens(case: Case) -> np.ndarray:
+    """(B, T, F) output of the encoder."""
+    encoder = Encoder(case.obs_space, case.config.model.codec)
+    obs = {k: v.reshape(-1, *v.shape[2:]) for k, v in case.steps.obs.items()}
+    flat = jax.jit(encoder.apply)({"params": case.params["model"]["encoder"]}, obs)
+    return np.swapaxes(np.asarray(flat).reshape(case.time, case.batch, -1), 0, 1)
+
+
+def gradients(case: Case) -> dict[str, np.ndarray]:
+    """`grad/NAME` of the total loss and `gradnorm/values` of every loss term."""
+    agent = case.agent
+    trained = case.noise._replace(action={k: v[:-1] for k, v in case.noise.action.items()})
+
+    def loss(params: Any, weights: dict[str, jax.Array]) -> jax.Array:
+        _, report = agent.loss(params, case.slow, case.state, case.carry, case.steps, trained)
+        return sum(weights[name] * value.mean() for name, value in report.losses.items())
+
+    shapes = jax.eval_shape(
+        lambda p: agent.loss(p, case.slow, case.state, case.carry, case.steps, trained)[1].losses,
+        case.params,
+    )
+    grad = jax.jit(jax.grad(loss))
+    ours = {"repval": "replay_value", "rew": "reward", "con": "continue"}
+    out = {}
+    total = grad(case.params, {n: jnp.float32(case.config.weights.of(n)) for n in shapes})
+    for key in case.arrays:
+        if key.startswith("grad/"):
+            out[key] = pick(total, key.removeprefix("grad/"))
+    rows = []
+    for term in case.arrays["gradnorm/losses"]:
+        name = ours.get(str(term), str(term))
+        name = name if name in shapes else f"rec/{name}"
+        one = grad(case.params, {n: jnp.float32(n == name) for n in shapes})
+        rows.append(
+            [np.linalg.norm(pick(one, str(p)).ravel()) for p in case.arrays["gradnorm/params"]]
+        )
+    out["gradnorm/values"] = np.array(rows, np.float32)
+    return out
+
+
+def acting(case: Case) -> dict[str, np.ndarray]:
+    """`act/action`, `act/deter`, `act/stoch`: two acting steps on observations 1 and 2."""
+    model, behavior, arrays = case.agent.model, case.agent.behavior, case.arrays
+    carry = case.carry
+    action = {k: case.steps.action[k][1] for k in case.action_space}
+    rows: dict[str, list[Any]] = {"deter": [], "stoch": []}
+
+    @jax.jit
+    def act(carry: Latent, steps: Step, gumbel: Any, draws: Any) -> Any:
+        latents, _ = model.observe(case.params["model"], carry, steps, gumbel)
+        carry = jax.tree.map(lambda x: x[0], latents)
+        feat = model.features(carry)
+        return carry, behavior.act(case.params["behavior"], feat, draws)
+
+    for i in range(arrays["act/noise_post"].shape[1]):
+        row = jax.tree.map(lambda x, i=i: x[i + 1][None], case.steps)
+        row = row._replace(action={k: v[None] for k, v in action.items()})
+        draws = {
+            k: arrays["act/noise_act" if "act/noise_act" in arrays else f"act/noise_act/{k}"][:, i]
+            for k in case.action_space
+        }
+        carry, chosen = act(carry, row, arrays["act/noise_post"][:, i][None], draws)
+        action = chosen if isinstance(chosen, dict) else {"action": chosen}
+        rows["deter"].append(carry.deter)
+        rows["stoch"].append(carry.stoch)
+        for key, value in action.items():
+            name = "action" if len(action) == 1 else f"action/{key}"
+            rows.setdefault(name, []).append(value)
+    return {f"act/{k}": np.stack([np.asarray(x) for x in v], 1) for k, v in rows.items()}
+
+
+def _names(arrays: Mapping[str, np.ndarray], prefix: str) -> list[str]:
+    return sorted(key.removeprefix(prefix) for key in arrays if key.startswith(prefix))
+
+
+def _unnormalise(case: Case, name: str, logprobs: Any) -> np.ndarray:
+    recorded = case.arrays.get(name)
+    moved = None if recorded is None else np.swapaxes(recorded, 0, 1)
+    return _shift(np.asarray(logprobs), moved)
+
+
+def _shift(logprobs: np.ndarray, recorded: np.ndarray | None) -> np.ndarray:
+    """Log-probabilities moved by a constant per choice to the mean of the recorded logits."""
+    if recorded is None:
+        return logprobs
+    return logprobs + (recorded - logprobs).mean(-1, keepdims=True)

@@ -1,0 +1,250 @@
+import distrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxwm import dists, numerics
+from jaxwm.types import Discrete, JaxwmError
+
+LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4, 3)), jnp.float32)
+OTHER = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4, 3)), jnp.float32)
+RAW = jnp.asarray(np.random.default_rng(2).normal(size=(5, 2)), jnp.float32)
+# The name of a distribution, the distribution, its batch and event shapes, and a sample dtype.
+ALL = [
+    ("one_hot", lambda: dists.OneHot(LOGITS, 0.01), (5,), (4, 3), "float32"),
+    ("categorical", lambda: dists.Categorical(LOGITS), (5, 4), (), "int32"),
+    ("multi", lambda: dists.Categorical(LOGITS, event_ndims=1), (5,), (4,), "int32"),
+    ("two_hot", lambda: dists.TwoHot(LOGITS, numerics.symexp_bins(3)), (5, 4), (), "float32"),
+    ("normal", lambda: dists.BoundedNormal(RAW, RAW), (5,), (2,), "float32"),
+    ("bernoulli", lambda: dists.SoftBernoulli(RAW), (5, 2), (), "bool"),
+    ("symlog", lambda: dists.SymlogSquaredError(RAW), (5,), (2,), "float32"),
+    ("image", lambda: dists.ImageSquaredError(LOGITS), (), (5, 4, 3), "uint8"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "batch", "event", "dtype"), [row[1:] for row in ALL], ids=[row[0] for row in ALL]
+)
+def test_every_distribution_keeps_the_contract_of_distrax(make, batch, event, dtype):
+    dist = make()
+    assert isinstance(dist, distrax.Distribution)
+    assert (dist.batch_shape, dist.event_shape) == (batch, event)
+    sample, log_prob = dist.sample_and_log_prob(seed=jax.random.key(0), sample_shape=(2, 6))
+    assert sample.shape == (2, 6, *batch, *event) and sample.dtype == dtype
+    assert log_prob.shape == (2, 6, *batch) and log_prob.dtype == jnp.float32
+    assert np.all(np.isfinite(log_prob))
+    np.testing.assert_allclose(dist.log_prob(sample[1, 2]), log_prob[1, 2], rtol=1e-6)
+    assert dist.mode().shape == (*batch, *event)
+    # A pytree: distributions may leave compiled functions.
+    outside = jax.jit(make)()
+    np.testing.assert_allclose(outside.log_prob(sample[1, 2]), log_prob[1, 2], rtol=1e-5)
+
+
+def test_low_precision_inputs_are_computed_in_float32():
+    low = LOGITS.astype(jnp.bfloat16)
+    exact = dists.OneHot(low.astype(jnp.float32), 0.01)
+    np.testing.assert_array_equal(dists.OneHot(low, 0.01).entropy(), exact.entropy())
+    for dist in (
+        dists.Categorical(low),
+        dists.TwoHot(low, numerics.symexp_bins(3)),
+        dists.BoundedNormal(low, low),
+    ):
+        assert dist.log_prob(dist.mode()).dtype == jnp.float32
+
+
+def test_one_hot_worked_by_hand():
+    # Probabilities 1/4 and 3/4; mixed half and half with 1/2: 3/8 and 5/8.
+    logits = jnp.log(jnp.asarray([[1.0, 3.0]]))
+    np.testing.assert_allclose(dists.OneHot(logits).probs, [[0.25, 0.75]], rtol=1e-6)
+    mixed = dists.OneHot(logits, unimix=0.5)
+    np.testing.assert_allclose(mixed.probs, [[0.375, 0.625]], rtol=1e-6)
+    np.testing.assert_allclose(mixed.log_prob(jnp.asarray([[1, 0]])), np.log(0.375), rtol=1e-6)
+    np.testing.assert_array_equal(mixed.mode(), [[0, 1]])
+
+
+def test_one_hot_equals_distrax():
+    ours, other = dists.OneHot(LOGITS), dists.OneHot(OTHER)
+    theirs = distrax.Independent(distrax.OneHotCategorical(LOGITS, dtype=jnp.float32), 1)
+    sample = ours.sample(seed=jax.random.key(0))
+    np.testing.assert_allclose(ours.log_prob(sample), theirs.log_prob(sample), rtol=1e-5)
+    np.testing.assert_allclose(ours.entropy(), theirs.entropy(), rtol=1e-5)
+    kl = distrax.OneHotCategorical(LOGITS).kl_divergence(distrax.OneHotCategorical(OTHER)).sum(-1)
+    np.testing.assert_allclose(ours.kl_divergence(other), kl, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours.kl_divergence(ours), 0, atol=1e-6)
+
+
+def test_one_hot_samples_with_the_gradient_of_the_probabilities():
+    gumbel = jax.random.gumbel(jax.random.key(0), LOGITS.shape)
+    sample = dists.OneHot(LOGITS, 0.01).sample_noise(gumbel)
+    assert set(np.unique(sample)) == {0.0, 1.0}
+    np.testing.assert_array_equal(sample.sum(-1), 1)
+    by_sample, by_probs = (
+        jax.grad(lambda logits, f=f: jnp.sum(OTHER * f(dists.OneHot(logits, 0.01))))(LOGITS)
+        for f in (lambda d: d.sample_noise(gumbel), lambda d: d.probs)
+    )
+    np.testing.assert_allclose(by_sample, by_probs, rtol=1e-6, atol=1e-8)
+
+
+def test_sample_frequencies_are_the_probabilities():
+    mask = np.array([True, True, False])
+    count = 20_000
+    for dist, counts in (
+        (dists.OneHot(LOGITS[:1], 0.1), lambda s: s.mean(0)),
+        (dists.Categorical(LOGITS[:1], mask, 0.1), lambda s: jax.nn.one_hot(s, 3).mean(0)),
+    ):
+        frequency = counts(dist.sample(seed=jax.random.key(0), sample_shape=(count,)))
+        # Five standard errors of a proportion of one half.
+        np.testing.assert_allclose(frequency, dist.probs, atol=5 * 0.5 / np.sqrt(count))
+
+
+@pytest.mark.parametrize("unimix", [0.0, 0.01])
+def test_categorical_ignores_classes_that_do_not_exist(unimix):
+    space = Discrete((3, 2), shape=(2,))
+    logits = LOGITS[:, :2]
+    dist = dists.Categorical(logits, space.mask(), unimix, event_ndims=1)
+    first = dists.Categorical(logits[:, 0], None, unimix)
+    second = dists.Categorical(logits[:, 1, :2], None, unimix)
+    np.testing.assert_allclose(dist.entropy(), first.entropy() + second.entropy(), rtol=1e-6)
+    value = jnp.asarray([[0, 0], [1, 1], [2, 0], [2, 1], [0, 1]], jnp.int32)
+    expected = first.log_prob(value[:, 0]) + second.log_prob(value[:, 1])
+    np.testing.assert_allclose(dist.log_prob(value), expected, rtol=1e-6)
+    np.testing.assert_array_equal(dist.probs[:, 1, 2], 0.0)
+    noise = jnp.zeros((5, 2, 3)).at[..., 2].set(50.0)  # as lucky as class 2 can be
+    np.testing.assert_array_equal(dist.sample_noise(noise), [[2, i] for i in second.mode()])
+    for function in (lambda d: d.entropy(), lambda d: d.log_prob(value)):
+        gradient = jax.grad(
+            lambda x, f=function: f(dists.Categorical(x, space.mask(), unimix, 1)).sum()
+        )(logits)
+        assert np.all(np.isfinite(gradient))
+        np.testing.assert_array_equal(gradient[:, 1, 2], 0.0)
+
+
+def test_categorical_equals_distrax():
+    ours, theirs = dists.Categorical(LOGITS), distrax.Categorical(LOGITS)
+    value = jnp.asarray(np.random.default_rng(3).integers(0, 3, (5, 4)), jnp.int32)
+    np.testing.assert_allclose(ours.log_prob(value), theirs.log_prob(value), rtol=1e-5)
+    np.testing.assert_allclose(ours.entropy(), theirs.entropy(), rtol=1e-5)
+    np.testing.assert_array_equal(ours.mode(), theirs.mode())
+    gumbel = jax.random.gumbel(jax.random.key(0), LOGITS.shape)
+    np.testing.assert_array_equal(
+        ours.sample_noise(gumbel), jnp.argmax(LOGITS + gumbel, -1).astype(jnp.int32)
+    )
+
+
+def test_categorical_refuses_a_mask_of_another_space():
+    with pytest.raises(JaxwmError, match=r"mask of shape \(2,\) for logits of shape \(5, 4, 3\)"):
+        dists.Categorical(LOGITS, np.ones(2, bool))
+
+
+def test_two_hot_worked_by_hand():
+    bins = jnp.asarray([-4.0, 0.0, 4.0])
+    dist = dists.TwoHot(jnp.log(jnp.asarray([0.5, 0.25, 0.25])), bins)
+    # Mean: -2 + 0 + 1. The value 3 is a quarter 0 and three quarters 4, both of probability 1/4.
+    np.testing.assert_allclose(dist.mean(), -1, rtol=1e-6)
+    np.testing.assert_allclose(dist.log_prob(jnp.asarray(3.0)), np.log(0.25), rtol=1e-6)
+    np.testing.assert_allclose(
+        dist.log_prob(jnp.asarray(-2.0)), 0.5 * np.log(0.5) + 0.5 * np.log(0.25), rtol=1e-6
+    )
+
+
+def test_two_hot_is_learned_by_its_log_prob():
+    # The cross-entropy is stationary where the probabilities are the weights of the target.
+    bins, value = numerics.symexp_bins(41), jnp.asarray([3.0, -700.0])
+    logits = jnp.log(numerics.twohot(value, bins) + 1e-12)
+    slope = jax.grad(lambda x: dists.TwoHot(x, bins).log_prob(value).sum())(logits)
+    np.testing.assert_allclose(slope, 0, atol=1e-6)
+    np.testing.assert_array_equal(
+        jax.grad(lambda v: dists.TwoHot(logits, bins).log_prob(v).sum())(value), 0.0
+    )
+
+
+def test_two_hot_with_uniform_logits_predicts_exactly_zero():
+    for n in (255, 64):
+        dist = dists.TwoHot(jnp.zeros((2, n)), numerics.symexp_bins(n))
+        np.testing.assert_array_equal(dist.mean(), 0.0)
+        np.testing.assert_array_equal(dist.mode(), 0.0)
+
+
+def test_bounded_normal_equals_distrax():
+    dist = dists.BoundedNormal(RAW, -RAW)
+    std = 0.9 / (1 + np.exp(np.asarray(RAW) - 2)) + 0.1
+    theirs = distrax.MultivariateNormalDiag(jnp.tanh(RAW), jnp.asarray(std))
+    value = jnp.asarray([[0.3, -1.2]] * 5)
+    np.testing.assert_allclose(dist.log_prob(value), theirs.log_prob(value), rtol=1e-5)
+    np.testing.assert_allclose(dist.entropy(), theirs.entropy(), rtol=1e-5)
+    np.testing.assert_allclose(dist.stddev(), std, rtol=1e-6)
+    noise = jnp.ones((5, 2))
+    np.testing.assert_allclose(dist.sample_noise(noise), np.tanh(RAW) + std, atol=1e-6)
+    scalar = dists.BoundedNormal(RAW, -RAW, event_ndims=0)
+    np.testing.assert_allclose(scalar.entropy().sum(-1), dist.entropy(), rtol=1e-6)
+    np.testing.assert_array_equal(dist.mode(), dist.mean())
+
+
+def test_bounded_normal_stays_within_its_bounds():
+    raw = jnp.asarray([-1e4, 1e4])
+    dist = dists.BoundedNormal(raw, raw, min_std=0.2, max_std=3.0)
+    np.testing.assert_allclose(dist.mean(), [-1, 1])
+    np.testing.assert_allclose(dist.stddev(), [0.2, 3.0], rtol=1e-6)
+
+
+def test_soft_bernoulli_worked_by_hand():
+    # log-odds log(3): yes with probability 3/4.
+    dist = dists.SoftBernoulli(jnp.log(jnp.asarray([3.0])))
+    np.testing.assert_allclose(dist.probs, [0.75], rtol=1e-6)
+    for target, expected in (
+        (True, np.log(0.75)),
+        (0.0, np.log(0.25)),
+        (0.5, 0.5 * np.log(0.75) + 0.5 * np.log(0.25)),
+    ):
+        np.testing.assert_allclose(dist.log_prob(jnp.asarray([target])), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        dist.entropy(), -0.75 * np.log(0.75) - 0.25 * np.log(0.25), rtol=1e-6
+    )
+    assert dist.mode().tolist() == [True]
+
+
+def test_soft_bernoulli_is_finite_for_certain_logits():
+    logit, target = jnp.asarray([-200.0, 200.0]), jnp.asarray([1.0, 0.0])
+    value, slope = jax.value_and_grad(lambda x: dists.SoftBernoulli(x).log_prob(target).sum())(
+        logit
+    )
+    assert value == -400
+    np.testing.assert_array_equal(slope, [1, -1])
+
+
+def test_squared_errors_worked_by_hand():
+    pred = jnp.asarray([[0.0, 2.0]])
+    dist = dists.SymlogSquaredError(pred)
+    # symlog(e - 1) = 1 and symlog(0) = 0: -(1 + 4).
+    np.testing.assert_allclose(dist.log_prob(jnp.asarray([[np.e - 1, 0.0]])), [-5], rtol=1e-6)
+    np.testing.assert_allclose(dist.mode(), [[0, np.e**2 - 1]], rtol=1e-6)
+    flat = dists.SymlogSquaredError(pred, event_ndims=0)
+    np.testing.assert_allclose(flat.log_prob(jnp.asarray([[np.e - 1, 0.0]])), [[-1, -4]], rtol=1e-6)
+
+    image = dists.ImageSquaredError(jnp.asarray([0.0, 1.0, 0.5, 1.7]).reshape(1, 2, 2, 1))
+    target = jnp.asarray([255, 255, 51, 255], jnp.uint8).reshape(1, 2, 2, 1)
+    # 1 + 0 + (0.5 - 0.2)^2 + 0.7^2 = 1.58
+    np.testing.assert_allclose(image.log_prob(target), [-1.58], rtol=1e-6)
+    np.testing.assert_allclose(image.log_prob(target.astype(jnp.float32)), [-1.58], rtol=1e-6)
+    assert image.mean().reshape(-1).tolist() == [0, 255, 128, 255]
+
+
+def test_squared_error_is_a_normal_up_to_a_constant():
+    dist = dists.SymlogSquaredError(RAW)
+    normal = distrax.MultivariateNormalDiag(RAW, jnp.full(RAW.shape, np.sqrt(0.5)))
+    a, b = RAW + 1.0, 3.0 * RAW
+    np.testing.assert_allclose(
+        dist.log_prob(a) - dist.log_prob(b),
+        normal.log_prob(numerics.symlog(a)) - normal.log_prob(numerics.symlog(b)),
+        rtol=1e-4,
+    )
+
+
+def test_vmap_equals_the_batch():
+    batched = dists.OneHot(LOGITS, 0.01).kl_divergence(dists.OneHot(OTHER, 0.01))
+    mapped = jax.vmap(lambda p, q: dists.OneHot(p, 0.01).kl_divergence(dists.OneHot(q, 0.01)))
+    np.testing.assert_allclose(mapped(LOGITS, OTHER), batched, rtol=1e-6)
+    # A distribution may itself be mapped over.
+    entropies = jax.vmap(lambda d: d.entropy())(dists.OneHot(LOGITS, 0.01))
+    np.testing.assert_allclose(entropies, dists.OneHot(LOGITS, 0.01).entropy(), rtol=1e-6)
