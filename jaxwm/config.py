@@ -78,6 +78,15 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
     return lines
 
 
+def flatten(config: Any, path: str = "") -> dict[str, Any]:
+    """The entries of a dataclass by their dotted paths, those of nested dataclasses in place."""
+    entries = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), path + field.name
+        entries |= flatten(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+    return entries
+
+
 def require(condition: bool, message: str) -> None:
     """Raises a `JaxwmError` with `message` unless `condition` holds."""
     if not condition:

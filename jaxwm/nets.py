@@ -34,16 +34,17 @@ def truncated_normal_in(fan_in: int, scale: float = 1.0) -> Callable[..., Array]
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + 1e-4) * scale` over the last axis, computed in float32."""
+    """`x / sqrt(mean(x^2) + 1e-4) * scale` over the axis of features, computed in float32."""
 
     size: int
+    axis: int = -1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*lead F"]) -> Float[Array, "*lead F"]:
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         scale = self.param("scale", nn.initializers.ones, (self.size,))
         wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + 1e-4)
-        return (wide * inverse * _over(scale, wide)).astype(x.dtype)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), self.axis, keepdims=True) + 1e-4)
+        return (wide * inverse * _over(scale, wide, self.axis)).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -102,14 +103,22 @@ class BlockLinear(nn.Module):
         kernel = self.kernel[:, start : start + x.shape[-1]]
         return jnp.einsum("...gi,gio->...go", x.astype(self.dtype), kernel.astype(self.dtype))
 
-    def shared_rows(self, x: Float[Array, "*lead part"], start: int) -> Float[Array, "*lead out"]:
-        """One input read by every block: a single dense product, without the bias."""
+    def columns(self, x: Float[Array, "G part N"], start: int) -> Float[Array, "G out N"]:
+        """`rows` with features first and the batch last."""
+        kernel = self.kernel[:, start : start + x.shape[1]].astype(self.dtype)
+        return jnp.einsum("gio,gin->gon", kernel, x.astype(self.dtype))
+
+    def shared_columns(self, x: Float[Array, "*lead N part"], start: int) -> Array:
+        """One input read by every block, (..., N, part) to (..., outputs, N), without the bias.
+
+        All blocks' rows for it make a single dense product.
+        """
         kernel = self.kernel[:, start : start + x.shape[-1]]
         dense = kernel.transpose(1, 0, 2).reshape(x.shape[-1], self.outputs)
-        return x.astype(self.dtype) @ dense.astype(self.dtype)
+        return jnp.einsum("io,...ni->...on", dense.astype(self.dtype), x.astype(self.dtype))
 
-    def add_bias(self, x: Float[Array, "*lead outputs"]) -> Float[Array, "*lead outputs"]:
-        return x + _over(self.bias.astype(self.dtype), x)
+    def add_bias(self, x: Float[Array, "*shape"], axis: int = -1) -> Float[Array, "*shape"]:
+        return x + _over(self.bias.astype(self.dtype), x, axis)
 
 
 class MLP(nn.Module):
@@ -221,9 +230,11 @@ def _convolve(x: Array, kernel: Array, stride: int) -> Array:
     )
 
 
-def _over(vector: Array, like: Array) -> Array:
-    """A vector of the last axis with the rank of `like`: rank promotion is an error in tests."""
-    return jnp.expand_dims(vector, range(like.ndim - 1)) if like.ndim > 1 else vector
+def _over(vector: Array, like: Array, axis: int = -1) -> Array:
+    """A vector along one axis of `like`, with its rank: rank promotion is an error in tests."""
+    shape = [1] * like.ndim
+    shape[axis] = -1
+    return vector.reshape(shape)
 
 
 def call(module: nn.Module, method: str = "__call__") -> Callable[..., Array]:

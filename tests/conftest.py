@@ -43,3 +43,32 @@ def parity_dir(request: pytest.FixtureRequest) -> pathlib.Path:
     if not folder.is_dir():
         pytest.fail(f"--parity-dir: there is no folder {folder}", pytrace=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> "jaxwm.RunConfig":
+    """A run of seconds, for tests of what surrounds the learning; they share its program."""
+    from jaxwm.recipes import RunConfig, dreamer_v3
+    from jaxwm.replay import ReplayConfig
+
+    return RunConfig(
+        env="toy/Memory",
+        size="debug",
+        agent=dreamer_v3.agent("debug"),
+        steps=200,
+        envs=4,
+        replay=ReplayConfig(capacity=400, batch_size=2, batch_length=6, train_ratio=2.0),
+        eval_episodes=3,
+        log_every=40,
+        save_every=100,
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of the run `tiny`, from start to end; tests leave it as it is."""
+    from jaxwm.run import run
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(tiny, folder, quiet=True)
+    return folder

@@ -16,8 +16,8 @@ FLOORS = [
     {"envs", "models", "behaviors"},
     {"agent"},
     {"recipes"},
-    {"train", "mesh", "checkpoint", "log", "evaluate"},
-    {"plot", "cli", "__init__", "__main__"},
+    {"train", "mesh", "checkpoint", "log", "evaluate", "policy"},
+    {"plot", "report", "run", "cli", "__init__", "__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS, start=1) for name in names}
 STRANGERS = {"envs", "models", "behaviors"}

@@ -5,7 +5,9 @@ next h. The state is cut into blocks that only meet through a narrow projection 
 state, so the recurrent product costs 1/blocks of a dense one.
 
 What does not depend on the recurrent carry, the action's whole path, is `action_input`: it is
-computed for all steps at once, and only `step` stays inside the scan.
+computed for all steps at once, and only `step` stays inside the scan. There the deterministic
+state is (D, N), features first and the batch last: cutting it into blocks is then free, every
+gate is one contiguous slab, and no product needs a transposition.
 """
 
 import dataclasses
@@ -58,15 +60,16 @@ class BlockGRU(nn.Module):
         self.in_action_norm = nets.RMSNorm(hidden)
         # Per block: its own slice of h, then the three projections that all blocks share.
         self.hidden = nets.BlockLinear(deter + 3 * hidden * blocks, deter, blocks, self.dtype)
-        self.hidden_norm = nets.RMSNorm(deter)
+        self.hidden_norm = nets.RMSNorm(deter, axis=0)
         self.gates = nets.BlockLinear(deter, 3 * deter, blocks, self.dtype)
 
     def __call__(
         self, deter: Float[Array, "N D"], stoch: Float[Array, "N SK"], action: Float[Array, "N A"]
     ) -> Float[Array, "N D"]:
-        return self.step(deter, stoch, self.action_input(action))
+        """One step with the batch first."""
+        return self.step(deter.T, stoch, self.action_input(action)).T
 
-    def action_input(self, action: Float[Array, "*lead A"]) -> Float[Array, "*lead D"]:
+    def action_input(self, action: Float[Array, "*lead N A"]) -> Float[Array, "*lead D N"]:
         """What an action adds to the hidden layer, its bias included.
 
         Actions are clipped softly to [-1, 1], without a gradient through the divisor.
@@ -74,23 +77,26 @@ class BlockGRU(nn.Module):
         action = action / jax.lax.stop_gradient(jnp.maximum(1.0, jnp.abs(action)))
         x2 = nets.silu(self.in_action_norm(self.in_action(action)))
         start = self.config.deter // self.config.blocks + 2 * self.config.hidden
-        return self.hidden.add_bias(self.hidden.shared_rows(x2, start))
+        return self.hidden.add_bias(self.hidden.shared_columns(x2, start), axis=-2)
 
     def step(
         self,
-        deter: Float[Array, "N D"],
+        deter: Float[Array, "D N"],
         stoch: Float[Array, "N SK"],
-        action_input: Float[Array, "N D"],
-    ) -> Float[Array, "N D"]:
+        action_input: Float[Array, "D N"],
+    ) -> Float[Array, "D N"]:
         """One step of the recurrence, from the precomputed `action_input`."""
         blocks, slice_size = self.config.blocks, self.config.deter // self.config.blocks
-        x0 = nets.silu(self.in_deter_norm(self.in_deter(deter)))
+        cut = (blocks, slice_size, deter.shape[-1])
+        x0 = nets.silu(self.in_deter_norm(self.in_deter(deter.T)))
         x1 = nets.silu(self.in_stoch_norm(self.in_stoch(stoch)))
-        grouped = deter.reshape(-1, blocks, slice_size)
-        own = self.hidden.rows(grouped, 0).reshape(deter.shape)
-        shared = self.hidden.shared_rows(jnp.concatenate([x0, x1], -1), slice_size)
+        own = self.hidden.columns(deter.reshape(cut), 0).reshape(deter.shape)
+        shared = self.hidden.shared_columns(jnp.concatenate([x0, x1], -1), slice_size)
         x = nets.silu(self.hidden_norm(own + shared + action_input))
-        gates = self.gates(x).reshape(-1, blocks, 3, slice_size)
-        reset, candidate, update = (gates[:, :, i].reshape(deter.shape) for i in range(3))
+        gates = self.gates.add_bias(
+            self.gates.columns(x.reshape(cut), 0).reshape(-1, deter.shape[-1]), axis=0
+        )
+        gates = gates.reshape(blocks, 3, slice_size, -1)
+        reset, candidate, update = (gates[:, i].reshape(deter.shape) for i in range(3))
         update = jax.nn.sigmoid(update - 1)
         return update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * deter

@@ -191,29 +191,30 @@ def world_model(
 
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Latent, Array]]:
             action, token, keep, gumbel = inputs
-            deter = jnp.where(keep[:, None], carry.deter, 0)
+            deter = jnp.where(keep[None], carry.deter, 0)
             stoch = jnp.where(keep[:, None], _flat(carry.stoch), 0)
             deter = core_step(params["core"], deter, stoch, action)
-            logits = posterior_logits(params["posterior"], deter, token)
+            logits = posterior_logits(params["posterior"], deter.T, token)
             carry = Latent(deter, sample(logits, gumbel))
             return carry, (carry, logits)
 
-        _, (latents, logits) = jax.lax.scan(step, carry, inputs)
-        return latents, logits
+        _, (latents, logits) = jax.lax.scan(step, _swap(carry), inputs)
+        return _swap(latents), logits
 
     def imagine(
         params: Params, start: Latent, policy: Callable, noise: Array, policy_noise: Any
     ) -> tuple[Latent, Any]:
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Latent, Any]]:
             gumbel, policy_draw = inputs
-            action = policy(features(carry), policy_draw)
+            action = policy(features(_swap(carry)), policy_draw)
             moved = embed_action(params, as_dict(action))
             deter = core_step(params["core"], carry.deter, _flat(carry.stoch), moved)
-            stoch = sample(prior_logits(params["prior"], deter), gumbel)
+            stoch = sample(prior_logits(params["prior"], deter.T), gumbel)
             carry = Latent(deter, stoch)
             return carry, (carry, action)
 
-        _, (latents, actions) = jax.lax.scan(step, start, (noise, policy_noise))
+        _, (latents, actions) = jax.lax.scan(step, _swap(start), (noise, policy_noise))
+        latents = _swap(latents)
         joined = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), start, latents)
         return joined, actions
 
@@ -264,6 +265,11 @@ def world_model(
 def features(latent: Latent) -> Array:
     """What heads read: deter and the flattened stoch, (..., D + S * K)."""
     return jnp.concatenate([latent.deter, _flat(latent.stoch)], -1)
+
+
+def _swap(latent: Latent) -> Latent:
+    """Batch first to features first, or back: the core wants its state as (D, N)."""
+    return latent._replace(deter=jnp.swapaxes(latent.deter, -1, -2))
 
 
 def _flat(stoch: Array) -> Array:

@@ -1,0 +1,305 @@
+"""The command line: `jaxwm train`, `resume`, `eval`, `plot` and `envs`.
+
+Bad input is told in one paragraph, with exit code 2. jax is imported only once a command needs
+it, so that help and typing errors do not wait for it.
+"""
+
+import argparse
+import contextlib
+import difflib
+import io
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+_HELP = """\
+usage: jaxwm COMMAND ...
+
+Train and study world models in JAX.
+
+commands:
+  train RECIPE      train an agent, evaluate it and write a summary
+  resume RUN        go on with a run from its newest checkpoint
+  eval RUN          play episodes with a trained agent
+  plot RUN ...      draw the learning curves of runs
+  envs [SUITE]      list the environments
+
+options:
+  -h, --help        this text, or that of a command: jaxwm COMMAND --help
+  --version         the version of jaxwm
+
+to begin with:
+  jaxwm train dreamer_v3 --preset cartpole
+"""
+
+
+class UsageError(Exception):
+    """A command line that cannot be understood, in words."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the words after `jaxwm`; by default those of the process.
+
+    Returns:
+      The exit code: 0, 2 after bad input, 130 after an interrupt.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(argv)
+    except KeyboardInterrupt:
+        print("jaxwm: interrupted; `jaxwm resume` goes on from a checkpoint", file=sys.stderr)
+        return 130
+    except UsageError as error:
+        message = str(error)
+    except ValueError as error:
+        from jaxwm.types import JaxwmError
+
+        if not isinstance(error, JaxwmError):
+            raise
+        message = str(error)
+    width = min(shutil.get_terminal_size().columns, 100)
+    paragraph = textwrap.fill(
+        f"jaxwm: {message}", width, break_long_words=False, break_on_hyphens=False
+    )
+    print(paragraph, file=sys.stderr)
+    return 2
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP, end="", file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    name, *words = argv
+    if name == "--version":
+        from jaxwm import __version__
+
+        print(f"jaxwm {__version__}")
+        return 0
+    if name not in _COMMANDS:
+        raise UsageError(_unknown(name, _COMMANDS, "command"))
+    _keep_compiled_programs()
+    try:
+        _COMMANDS[name](words)
+    except SystemExit as stop:  # after --help
+        return int(stop.code or 0)
+    return 0
+
+
+def _train(words: list[str]) -> None:
+    parser = _Parser("train", "train an agent, evaluate it and write a summary", add_help=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--env")
+    parser.add_argument("--size")
+    parser.add_argument("--variant")
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--tensorboard", action="store_true")
+    if not words or words[0] in ("-h", "--help"):
+        print(_TRAIN_HELP, end="", file=sys.stdout if words else sys.stderr)
+        raise SystemExit(0 if words else 2)
+    from jaxwm.recipes import recipes
+
+    recipe, *words = words
+    if recipe not in recipes():
+        raise UsageError(_unknown(recipe, recipes(), "recipe"))
+    known, words = parser.parse_known_args(words)
+    wants_help = "-h" in words or "--help" in words
+    if known.env is None and known.preset is None:
+        if not wants_help:
+            raise UsageError(
+                "Training needs an environment: give --env NAME (`jaxwm envs` lists them) or "
+                "--preset NAME."
+            )
+        known.env = "SUITE/NAME"
+    default = recipes()[recipe](known.env, known.size, known.variant, known.preset)
+    config = _configure(recipe, default, words, parser.flags())
+    from jaxwm.run import run
+
+    run(config, known.run, tensorboard=known.tensorboard)
+
+
+_TRAIN_HELP = """\
+usage: jaxwm train RECIPE (--env NAME | --preset NAME) [options]
+
+Trains an agent, evaluates it and writes a summary.
+
+options:
+  --env NAME        the environment; `jaxwm envs` lists them
+  --preset NAME     a named configuration of the recipe, environment included
+  --size NAME       size of the agent
+  --variant NAME    where a paper and its code differ
+  --run FOLDER      where the run goes; by default runs/, named after what was given
+  --tensorboard     write TensorBoard event files too
+  --steps, --seed, --seeds, --replay.train-ratio, ...
+                    any entry of the configuration: jaxwm train RECIPE --help
+
+recipes:
+  dreamer_v3
+"""
+
+
+def _resume(words: list[str]) -> None:
+    parser = _Parser("resume", "go on with a run from its newest checkpoint")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--steps", type=int, help="environment steps to reach, if not as before")
+    parser.add_argument("--tensorboard", action="store_true", help="write event files too")
+    known = parser.parse_all(words)
+    from jaxwm.run import resume
+
+    resume(known.run, known.steps, tensorboard=known.tensorboard)
+
+
+def _eval(words: list[str]) -> None:
+    parser = _Parser("eval", "play episodes with a trained agent")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--episodes", type=int, default=20, help="episodes to play (20)")
+    parser.add_argument("--seed", type=int, help="other numbers play other episodes")
+    known = parser.parse_all(words)
+    from jaxwm.checkpoint import read_config
+    from jaxwm.run import evaluate_run, evaluation_lines
+
+    returns = evaluate_run(known.run, known.episodes, known.seed)
+    print("\n".join(evaluation_lines(returns, read_config(known.run).seed)))
+
+
+def _plot(words: list[str]) -> None:
+    parser = _Parser("plot", "draw the learning curves of runs")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("--out", type=Path, default=Path("curve.png"), help="the picture's file")
+    parser.add_argument("--metric", default="episode/return", help="what to draw")
+    known = parser.parse_all(words)
+    from jaxwm.plot import learning_curve
+
+    print(learning_curve(known.runs, known.out, known.metric))
+
+
+def _envs(words: list[str]) -> None:
+    parser = _Parser("envs", "list the environments")
+    parser.add_argument("suite", nargs="?", metavar="SUITE", help="only those of this suite")
+    known = parser.parse_all(words)
+    from jaxwm.envs import names
+
+    suites = names()
+    if known.suite is not None and known.suite not in suites:
+        raise UsageError(_unknown(known.suite, suites, "environment suite"))
+    for suite in suites if known.suite is None else [known.suite]:
+        if not suites[suite]:
+            print(f"{suite}: its package is not installed", file=sys.stderr)
+        for name in suites[suite]:
+            print(f"{suite}/{name}")
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "resume": _resume,
+    "eval": _eval,
+    "plot": _plot,
+    "envs": _envs,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that raises `UsageError`, and suggests names for unknown flags."""
+
+    def __init__(self, command: str, description: str, **options: Any):
+        super().__init__(f"jaxwm {command}", None, description, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        sentence = message[:1].upper() + message[1:]
+        raise UsageError(f"{sentence}. See {self.prog} --help.")
+
+    def flags(self) -> list[str]:
+        return [flag for action in self._actions for flag in action.option_strings]
+
+    def parse_all(self, words: list[str]) -> argparse.Namespace:
+        known, rest = self.parse_known_args(words)
+        _refuse(rest, self.flags(), self.prog)
+        return known
+
+
+def _configure(recipe: str, default: Any, words: list[str], others: list[str]) -> Any:
+    """The configuration `default` with the entries that the flags in `words` change."""
+    import tyro
+
+    from jaxwm.config import flatten
+
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            config, rest = tyro.cli(
+                type(default),
+                prog=f"jaxwm train {recipe}",
+                description=_TRAIN_HELP.partition("recipes:")[0].partition("\n\n")[2],
+                default=default,
+                args=words,
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise UsageError(_unboxed(told.getvalue())) from None
+        raise
+    names = [f"--{path.replace('_', '-')}" for path in flatten(default)]
+    _refuse(rest, names + others, f"jaxwm train {recipe}")
+    if config.recipe != recipe:
+        raise UsageError(f"The recipe is {recipe}; --recipe {config.recipe} contradicts it.")
+    return config
+
+
+def _unboxed(text: str) -> str:
+    """The message in the box that tyro draws, as a sentence."""
+    lines = [line.strip("│ ") for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("╰")]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    words = " ".join(lines[1:rule]) if lines and lines[0].startswith("╭") else " ".join(lines)
+    words = re.sub(r"^Error parsing [\w.]+: ", "", words)
+    number = re.search(r"^Error parsing (--\S+): .*(int\(\)|float): ('.*')$", words)
+    if number:
+        kind = "whole number" if number[2] == "int()" else "number"
+        return f"{number[1]} should be a {kind}, not {number[3]}."
+    return words if words.endswith(".") else f"{words}."
+
+
+def _refuse(words: list[str], flags: Iterable[str], prog: str) -> None:
+    """Raises an error at the first word that nothing took."""
+    if not words:
+        return
+    if words[0].startswith("-"):
+        flag = words[0].partition("=")[0].replace("_", "-")
+        raise UsageError(f"{_unknown(flag, flags, 'flag')} See {prog} --help.")
+    raise UsageError(
+        f"Nothing takes the word {words[0]!r}. Settings are flags, such as --seed 1. "
+        f"See {prog} --help."
+    )
+
+
+def _unknown(name: str, known: Iterable[str], what: str) -> str:
+    """The message for an unknown name, with the nearest known ones."""
+    close = difflib.get_close_matches(name, known := list(known), n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(close)}?" if close else ""
+    if not close and len(known) < 12:
+        hint = f"Known: {', '.join(known)}."
+    return f"There is no {what} called {name!r}. {hint}".rstrip()
+
+
+def _keep_compiled_programs() -> None:
+    """Lets jax keep compiled programs from one process to the next, where that is possible."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    folder = Path.home() / ".cache" / "jaxwm" / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

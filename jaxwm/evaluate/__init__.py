@@ -1,0 +1,1 @@
+"""What a trained agent and its world model are worth."""

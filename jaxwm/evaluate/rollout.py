@@ -1,0 +1,130 @@
+"""Acting with fixed parameters: returns of episodes, recorded sequences, dreams of them.
+
+All functions take a single environment (no batch axis), compile as a whole and draw actions
+from the policy, as in training.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxwm.agent import Agent
+from jaxwm.config import require
+from jaxwm.envs import wrappers
+from jaxwm.types import Array, Env, Float, Key, Params, Step, as_dict
+
+# Half an hour of an Atari game at 15 decisions per second.
+LIMIT = 27_000
+
+
+def evaluate(
+    agent: Agent, params: Params, env: Env, episodes: int, key: Key, limit: int = LIMIT
+) -> Float[Array, " E"]:
+    """Returns of fresh episodes, one in each of as many environments.
+
+    Args:
+      agent: the agent.
+      params: its parameters.
+      env: a single environment.
+      episodes: number of episodes E, at least 1.
+      key: determines episodes and actions.
+      limit: steps after which episodes that go on are counted as they are.
+
+    Returns:
+      Undiscounted sums of rewards (E,); all NaN if the environment gave a NaN or an infinity.
+
+    Raises:
+      JaxwmError: if `episodes` or `limit` is below 1.
+    """
+    require(episodes >= 1, f"An evaluation needs at least one episode, not {episodes}.")
+    require(limit >= 1, f"The limit of an evaluation is at least one step, not {limit}.")
+    world = wrappers.guard(wrappers.batch(env, episodes))
+    key_reset, key_run = jax.random.split(key)
+    state, row = world.reset(key_reset)
+
+    def going(carry):
+        time, *_, alive = carry
+        return (time < limit) & alive.any()
+
+    def step(carry):
+        time, state, row, latent, total, alive = carry
+        key_act, key_env = jax.random.split(jax.random.fold_in(key_run, time))
+        latent, action = agent.act(params, latent, row, key_act)
+        state, row = world.step(state, action, key_env)
+        total += jnp.where(alive, row.reward, 0.0)
+        return time + 1, state, row, latent, total, alive & ~row.is_last
+
+    latent, total = agent.initial(episodes), jnp.zeros((episodes,))
+    carry = (jnp.zeros((), jnp.int32), state, row, latent, total, ~row.is_last)
+    _, state, _, _, total, _ = jax.lax.while_loop(going, step, carry)
+    return jnp.where(state.fault.count > 0, jnp.nan, total)
+
+
+def collect(agent: Agent, params: Params, env: Env, length: int, key: Key, count: int = 1) -> Step:
+    """Rows of `count` environments under the agent, episode after episode.
+
+    Args:
+      agent: the agent.
+      params: its parameters.
+      env: a single environment.
+      length: rows T of each environment, at least 1; row 0 starts an episode.
+      key: determines episodes and actions.
+      count: number of environments B, at least 1.
+
+    Returns:
+      Rows (T, B).
+
+    Raises:
+      JaxwmError: if `length` or `count` is below 1.
+    """
+    require(length >= 1, f"A recording needs at least one row, not {length}.")
+    world = wrappers.batch(env, count)
+    key_reset, key_run = jax.random.split(key)
+    state, row = world.reset(key_reset)
+
+    def step(carry, time):
+        state, row, latent = carry
+        key_act, key_env = jax.random.split(jax.random.fold_in(key_run, time))
+        latent, action = agent.act(params, latent, row, key_act)
+        state, row_next = world.step(state, action, key_env)
+        return (state, row_next, latent), row
+
+    return jax.lax.scan(step, (state, row, agent.initial(count)), jnp.arange(length))[1]
+
+
+def open_loop(
+    agent: Agent, params: Params, steps: Step, context: int, key: Key
+) -> dict[str, Array]:
+    """What the world model shows for a recorded sequence of which it sees only the beginning.
+
+    Rows before `context` are filtered (posterior); from there on the model dreams with the
+    actions that were taken (prior).
+
+    Args:
+      agent: the agent.
+      params: its parameters.
+      steps: recorded rows (T, B); what came before row 0 is forgotten.
+      context: number of rows the model is given, in 1..T.
+      key: determines the latents drawn.
+
+    Returns:
+      The mode of every observation key, (T, B, ...), of the recorded types and shapes.
+
+    Raises:
+      JaxwmError: if `context` is out of range.
+    """
+    length, count = steps.is_first.shape
+    require(1 <= context <= length, f"The context is {context} rows; it must be 1 to {length}.")
+    model, weights = agent.model, params["model"]
+    key_seen, key_dream = jax.random.split(key)
+    seen = jax.tree.map(lambda x: x[:context], steps)
+    noise = model.noise(key_seen, (context, count))
+    latents, _ = model.observe(weights, agent.initial(count), seen, noise)
+    if context < length:
+        # The action of row t led to it: it takes the dream from row t - 1 to row t.
+        actions = {name: x[context:] for name, x in as_dict(steps.action).items()}
+        noise = model.noise(key_dream, (length - context, count))
+        start = jax.tree.map(lambda x: x[-1], latents)
+        dream, _ = model.imagine(weights, start, lambda feat, action: action, noise, actions)
+        latents = jax.tree.map(lambda a, b: jnp.concatenate([a, b[1:]]), latents, dream)
+    outputs = model.predict(weights, latents, tuple(steps.obs))
+    return {name: outputs[name].mode().astype(x.dtype) for name, x in steps.obs.items()}

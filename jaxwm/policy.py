@@ -1,0 +1,203 @@
+"""A trained agent as something to act with, on numpy arrays, outside of any compiled program.
+
+Three lines use it:
+
+    policy = jaxwm.load("runs/demo")
+    action, state = policy.act(obs)           # begins an episode
+    action, state = policy.act(obs, state)    # goes on with it
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxwm import checkpoint, train
+from jaxwm.agent import Agent, make_agent
+from jaxwm.config import require
+from jaxwm.recipes import RunConfig
+from jaxwm.types import (
+    Action,
+    Array,
+    Box,
+    Env,
+    JaxwmError,
+    Key,
+    Latent,
+    Params,
+    Space,
+    Step,
+    is_image,
+    nearest,
+    zeros,
+)
+
+
+class PolicyState(NamedTuple):
+    """What a policy carries from one row to the next; leading axis B, 1 for a single row.
+
+    Where `is_first` is set, the next observation begins an episode and the rest is forgotten:
+    `state._replace(is_first=ended)` restarts some of a batch.
+    """
+
+    latent: Latent
+    action: Action
+    key: Key
+    is_first: Array  # (B,)
+
+
+class Policy:
+    """An agent with fixed parameters; `load` makes one from a run.
+
+    Args:
+      agent: the agent.
+      params: its parameters.
+      env: a single environment, for its spaces.
+      seed: determines the random draws of latents and actions.
+    """
+
+    def __init__(self, agent: Agent, params: Params, env: Env, seed: int = 0):
+        self.obs_space, self.action_space = env.obs_space, env.action_space
+        self._agent, self._params, self._seed = agent, params, seed
+
+        def act(params: Params, obs: dict[str, Array], state: PolicyState) -> Any:
+            key, key_act = jax.random.split(state.key)
+            no = jnp.zeros_like(state.is_first)
+            reward = jnp.zeros(no.shape)
+            row = Step(state.action, obs, reward, state.is_first, no, no)
+            latent, action = agent.act(params, state.latent, row, key_act)
+            return action, PolicyState(latent, action, key, no)
+
+        self._act = jax.jit(act)
+
+    def initial(self, batch: int = 1) -> PolicyState:
+        """The state at the start of `batch` episodes."""
+        require(batch >= 1, f"A batch holds at least one episode, not {batch}.")
+        action = zeros(self.action_space, (batch,))
+        key = jax.random.key(self._seed)
+        return PolicyState(self._agent.initial(batch), action, key, jnp.ones((batch,), bool))
+
+    def act(self, obs: Any, state: PolicyState | None = None) -> tuple[Any, PolicyState]:
+        """The action at an observation.
+
+        Args:
+          obs: an array per observation key, or the array itself if there is only one key; one
+            observation, or a batch of them with a leading axis.
+          state: what the call before returned; None begins an episode.
+
+        Returns:
+          The action, in numpy, with a leading axis if `obs` has one; boxes lie in [-1, 1]. And
+          the state for the next call.
+
+        Raises:
+          JaxwmError: if the observation does not fit the space, or the state the observation.
+        """
+        arrays, batch = _arrays(obs, self.obs_space)
+        before = self.initial(batch or 1) if state is None else state
+        require(
+            before.is_first.shape == (batch or 1,),
+            f"The observation is a batch of {batch or 1} and the state one of "
+            f"{before.is_first.shape[0]}. Begin the episodes anew with policy.act(obs).",
+        )
+        action, after = self._act(self._params, arrays, before)
+        action = jax.tree.map(np.asarray, action)
+        return action if batch else jax.tree.map(lambda x: x[0], action), after
+
+
+def load(run: str | Path, seed: int = 0, member: int = 0) -> Policy:
+    """The policy of a run's newest checkpoint.
+
+    Args:
+      run: the run's folder.
+      seed: determines the random draws of latents and actions.
+      member: which of the seeds that were trained side by side, counted from 0.
+
+    Returns:
+      A `Policy`.
+
+    Raises:
+      JaxwmError: if the folder is not a run, has no checkpoint, or there is no such member.
+    """
+    config = checkpoint.read_config(Path(run))
+    require(
+        0 <= member < config.seeds,
+        f"The run {run} trained {config.seeds} seeds side by side; member is {member}, and must "
+        f"be 0 to {config.seeds - 1}.",
+    )
+    agent, env, members = trained(Path(run), config)
+    return Policy(agent, members[member], env, seed)
+
+
+def trained(run: Path, config: RunConfig) -> tuple[Agent, Env, list[Params]]:
+    """The agent of a run, its single environment, and the parameters of each of its seeds."""
+    env = train.make_env(config)
+    agent = make_agent(config.agent, env.obs_space, env.action_space)
+
+    def init() -> Params:
+        make = lambda key: agent.init(key).params  # noqa: E731
+        if config.seeds == 1:
+            return make(jax.random.key(0))
+        return jax.vmap(make)(jax.random.split(jax.random.key(0), config.seeds))
+
+    params = checkpoint.restore_params(run, jax.eval_shape(init), config)
+    return agent, env, members_of(params, config.seeds)
+
+
+def members_of(params: Params, seeds: int) -> list[Params]:
+    """The parameters of each seed, from those of a program."""
+    if seeds == 1:
+        return [params]
+    return [jax.tree.map(lambda x, i=i: x[i], params) for i in range(seeds)]
+
+
+def _arrays(obs: Any, space: dict[str, Space]) -> tuple[dict[str, np.ndarray], int]:
+    """A batch of observations as the agent takes them, and its size: 0 if it was a single one."""
+    if not isinstance(obs, dict):
+        require(
+            len(space) == 1,
+            f"The observation is a bare array, but this agent sees {sorted(space)}. Give a dict "
+            "with an array for each.",
+        )
+        obs = {next(iter(space)): obs}
+    for name in obs:
+        if name not in space:
+            raise nearest(name, space, "observation")
+    absent = sorted(set(space) - set(obs))
+    require(not absent, f"The observation lacks {', '.join(map(repr, absent))}.")
+    arrays = {name: _array(name, space[name], np.asarray(obs[name])) for name in space}
+    leads = {name: x.shape[: x.ndim - len(space[name].shape)] for name, x in arrays.items()}
+    require(
+        len(set(leads.values())) == 1,
+        f"The observations should be all single or all batches of one size; their leading axes "
+        f"are {leads}.",
+    )
+    (lead,) = next(iter(leads.values())) or (0,)
+    return arrays if lead else {name: x[None] for name, x in arrays.items()}, lead
+
+
+def _array(name: str, space: Space, value: np.ndarray) -> np.ndarray:
+    """One observation or a batch of them, in the type of its space."""
+    what = f"The observation {name!r}"
+    shape = value.shape[max(value.ndim - len(space.shape), 0) :]
+    if value.ndim not in (len(space.shape), len(space.shape) + 1) or shape != space.shape:
+        raise JaxwmError(
+            f"{what} has shape {value.shape}; it should be {space.shape}, or that with a batch "
+            "axis before it."
+        )
+    require(value.size > 0, f"{what} is an empty batch, of shape {value.shape}. Give one or more.")
+    if is_image(space):
+        require(value.dtype == np.uint8, f"{what} is {value.dtype}; an image is uint8, 0 to 255.")
+    elif isinstance(space, Box):
+        require(value.dtype.kind in "fiub", f"{what} is {value.dtype}; it should be numbers.")
+        number = value.astype(np.float64)
+        good = np.isfinite(number) | (space.missing & np.isneginf(number))
+        require(bool(good.all()), f"{what} has a NaN or an infinity; it should be finite.")
+    else:
+        require(value.dtype.kind in "iub", f"{what} is {value.dtype}; it should be integers.")
+        counts = np.asarray(space.classes)
+        top = counts.reshape(space.shape) if counts.ndim else counts
+        good = (value < top) & (value >= (-1 if space.missing else 0))
+        require(bool(good.all()), f"{what} is {value}; it should be 0 to {space.classes} less one.")
+    return value.astype(space.dtype)

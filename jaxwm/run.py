@@ -1,0 +1,315 @@
+"""A run from start to end: train, save, resume, evaluate, and leave pictures and a summary.
+
+A run's folder holds `config.json`, `versions.json`, `metrics.jsonl`, `checkpoints/` and, once
+it has ended, `curve.png`, `dream.png` and `SUMMARY.md`.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from jaxwm import checkpoint, plot, train
+from jaxwm import config as configs
+from jaxwm.agent import Agent
+from jaxwm.config import require
+from jaxwm.envs import wrappers
+from jaxwm.evaluate import rollout
+from jaxwm.log import Logger, read_metrics
+from jaxwm.policy import members_of, trained
+from jaxwm.recipes import RunConfig
+from jaxwm.report import SUMMARY, Summary, write_summary, write_versions
+from jaxwm.types import Env, JaxwmError, Params, is_image
+
+# A dream is pictured over at most so many rows, the first few of which the model sees.
+_ROWS, _CONTEXT, _TRIES = 50, 5, 8
+
+
+def run(
+    config: RunConfig,
+    folder: Path | None = None,
+    *,
+    resume: bool = False,
+    tensorboard: bool = False,
+    quiet: bool = False,
+) -> Summary:
+    """Trains until `config.steps`, then evaluates and writes the summary.
+
+    Args:
+      config: the run.
+      folder: where it goes; by default `runs/` and a name made of recipe, environment, size and
+        seed.
+      resume: go on from the newest checkpoint in `folder`.
+      tensorboard: write TensorBoard event files too.
+      quiet: print nothing.
+
+    Returns:
+      What came of it.
+
+    Raises:
+      JaxwmError: if the folder is taken, or cannot be resumed; if the configuration does not fit
+        the environment or the device; if the environment gives a NaN or an infinity, or the
+        training diverges. Checkpoints made before stay as they are.
+    """
+    folder = folder or default_folder(config)
+    if resume:
+        _check_resumable(folder, config)
+    else:
+        _refuse_used(folder)
+    program = train.build(config)
+    chunk_steps = program.iterations * config.envs
+    require(
+        config.steps >= chunk_steps,
+        f"The run has {config.steps} steps, fewer than the {chunk_steps} of one compiled chunk "
+        f"(log_every, in whole iterations of {config.envs} environments). Raise --steps or lower "
+        "--log-every.",
+    )
+    console = Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
+    like = jax.eval_shape(program.init)
+    console.print(_headline(config, program, like, folder))
+
+    start = time.monotonic()
+    with _memory_in_words():
+        chunk = program.chunk.lower(like).compile()
+        state = checkpoint.restore(folder, like, config) if resume else program.init()
+        jax.block_until_ready(state)
+    compile_seconds = time.monotonic() - start
+    _check_rows(program, state.env.fault, "at the start of the run")
+    step, updates = _counts(state, config)
+    console.print(f"Compiled in {compile_seconds:.1f} s.")
+    folder.mkdir(parents=True, exist_ok=True)
+    configs.write(config, folder / checkpoint.CONFIG)
+    write_versions(folder)
+
+    resume_step = step if resume else None
+    logs = Logger(folder, config.steps, config.seeds, tensorboard, console, resume_step)
+    with _memory_in_words(), logs as logger, checkpoint.manager(folder) as saver:
+        while step < config.steps:
+            before = step, updates
+            state, metrics = chunk(state)
+            metrics = jax.device_get(metrics)
+            step, updates = _counts(state, config)
+            _check_rows(program, state.env.fault, f"before step {step}")
+            _check_losses(metrics, updates - before[1], step, config)
+            capacity = config.replay.rows_per_env(config.envs)
+            metrics["replay/size"] = min(step, capacity * config.envs)
+            # Metrics first: resuming drops the lines after the checkpoint, and adds none twice.
+            logger.write(step, updates, metrics)
+            if step >= config.steps or step // config.save_every > before[0] // config.save_every:
+                checkpoint.save(saver, step, state, config)
+
+    params = state.agent.params
+    del state  # the replay's memory serves the evaluation
+    env, members = train.make_env(config), members_of(params, config.seeds)
+    console.print("Trained. Evaluating, and drawing curve and dream.")
+    returns = evaluate(program.agent, env, members, config.eval_episodes, config.seed)
+    lines = evaluation_lines(returns, config.seed) if returns.size else []
+    for line in lines:
+        console.print(line)
+    seconds = read_metrics(folder)[-1]["time"]
+    summary = Summary(folder, step, updates, returns, seconds, compile_seconds)
+    pictures = draw(folder, program.agent, env, members[0], config.seed)
+    write_summary(config, summary, lines, pictures, program.replay.nbytes)
+    console.print(f"The summary is in {folder / SUMMARY}.")
+    return summary
+
+
+def resume(folder: Path, steps: int | None = None, **options: Any) -> Summary:
+    """Goes on with a run, bit for bit as if it had never stopped.
+
+    Args:
+      folder: the run's folder.
+      steps: environment steps per seed to reach, instead of what the run was started with.
+      options: `tensorboard` and `quiet` of `run`.
+
+    Returns:
+      What came of it. A run that has reached its steps is evaluated once more.
+
+    Raises:
+      JaxwmError: as `run` does.
+    """
+    config = checkpoint.read_config(folder)
+    if steps is not None:
+        config = dataclasses.replace(config, steps=steps)
+    return run(config, folder, resume=True, **options)
+
+
+def default_folder(config: RunConfig) -> Path:
+    """`runs/RECIPE-ENVIRONMENT-SIZE-seedN`, for a run that was given no folder."""
+    name = "".join(x if x.isalnum() else "-" for x in config.env.lower()).strip("-")
+    return Path("runs") / f"{config.recipe}-{name}-{config.size}-seed{config.seed}"
+
+
+def evaluate_run(folder: Path, episodes: int, seed: int | None = None) -> np.ndarray:
+    """Evaluates the newest checkpoint of a run.
+
+    Args:
+      folder: the run's folder.
+      episodes: episodes for each of the run's seeds.
+      seed: determines episodes and actions; by default as at the end of the run.
+
+    Returns:
+      Returns (seeds, episodes).
+
+    Raises:
+      JaxwmError: if the folder is no run, there is no checkpoint, or `episodes` is below 1.
+    """
+    require(episodes >= 1, f"An evaluation needs at least one episode, not {episodes}.")
+    config = checkpoint.read_config(folder)
+    agent, env, members = trained(folder, config)
+    return evaluate(agent, env, members, episodes, config.seed if seed is None else seed)
+
+
+def evaluate(agent: Agent, env: Env, members: list[Params], episodes: int, seed: int) -> np.ndarray:
+    """Returns (seeds, episodes) of the parameters of each seed; see `rollout.evaluate`.
+
+    Raises:
+      JaxwmError: if the environment gives a NaN or an infinity.
+    """
+    if episodes == 0:
+        return np.zeros((len(members), 0), np.float32)
+    play = jax.jit(lambda params, key: rollout.evaluate(agent, params, env, episodes, key))
+    key = jax.random.fold_in(jax.random.key(seed), _EVALUATION)
+    keys = [jax.random.fold_in(key, i) for i in range(len(members))]
+    returns = np.stack([np.asarray(play(p, k)) for p, k in zip(members, keys, strict=True)])
+    require(
+        bool(np.isfinite(returns).all()),
+        f"{env.name} gave a NaN or an infinity in the evaluation. Look for a division by zero or "
+        "a diverging simulation. The checkpoints are kept.",
+    )
+    return returns
+
+
+def evaluation_lines(returns: np.ndarray, seed: int) -> list[str]:
+    """What is printed of returns (seeds, episodes), of which the first seed is `seed`."""
+    lines = []
+    if len(returns) > 1:
+        means = enumerate(returns.mean(1), start=seed)
+        lines = [f"evaluation return (seed {i}): {_decimal(mean)}" for i, mean in means]
+    return [*lines, f"evaluation return: {_decimal(returns.mean())}"]
+
+
+def draw(folder: Path, agent: Agent, env: Env, params: Params, seed: int) -> dict[str, Path]:
+    """The learning curve, if an episode has ended, and a dream, as pictures in the folder."""
+    pictures = {}
+    if any("episode/return" in line for line in read_metrics(folder)):
+        pictures["learning curve"] = plot.learning_curve([folder], folder / "curve.png")
+    key = jax.random.fold_in(jax.random.key(seed), _DREAM)
+    key_collect, key_dream = jax.random.split(key)
+    collect = jax.jit(lambda params, key: rollout.collect(agent, params, env, _ROWS, key, _TRIES))
+    steps = collect(params, key_collect)
+    # The sequence whose first episode is longest, up to the end of that episode.
+    ends = np.asarray(steps.is_last)
+    lengths = np.where(ends.any(0), ends.argmax(0) + 1, _ROWS)
+    best = int(lengths.argmax())
+    length = int(lengths[best])
+    context = min(_CONTEXT, math.ceil(length / 3))
+    steps = jax.tree.map(lambda x: x[:length, best : best + 1], steps)
+    dream = rollout.open_loop(agent, params, steps, context, key_dream)
+    seen = {name: np.asarray(x)[:, 0] for name, x in steps.obs.items()}
+    dreamed = {name: np.asarray(x)[:, 0] for name, x in dream.items()}
+    path = folder / "dream.png"
+    images = [name for name, space in env.obs_space.items() if is_image(space)]
+    if images:
+        name = images[0]
+        pictures["dream"] = plot.film_strip(seen[name], dreamed[name], context, path)
+    else:
+        flat = [{name: x.reshape(length, -1) for name, x in y.items()} for y in (seen, dreamed)]
+        pictures["dream"] = plot.traces(flat[0], flat[1], context, path)
+    return pictures
+
+
+# Apart from the keys of the training, which are made of the same seed.
+_EVALUATION, _DREAM = 0x45564C, 0x44524D
+
+
+def _decimal(value: float | np.floating) -> str:
+    return f"{float(value):.6g}"
+
+
+def _counts(state: train.TrainState, config: RunConfig) -> tuple[int, int]:
+    """Environment steps and updates of one seed so far."""
+    return int(state.clock.iteration) * config.envs, int(state.clock.updates)
+
+
+def _headline(config: RunConfig, program: train.Program, like: Any, folder: Path) -> str:
+    """Where the run goes and what it will take, before anything is allocated."""
+    device = jax.devices()[0]
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(like.agent.params))
+    replay = program.replay.nbytes * config.seeds
+    seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
+    return (
+        f"{config.recipe} {config.size} in {config.env}{seeds} on {device.device_kind} "
+        f"({device.platform}): {count:,} parameters, a replay of {replay:,} bytes; "
+        f"the run goes to {folder}"
+    )
+
+
+def _refuse_used(folder: Path) -> None:
+    require(
+        not folder.exists() or folder.is_dir(),
+        f"{folder} is a file; a run needs a folder. Give another one with --run.",
+    )
+    used = [x for x in (checkpoint.CONFIG, "metrics.jsonl", "checkpoints") if (folder / x).exists()]
+    require(
+        not used,
+        f"{folder} already holds a run ({', '.join(used)}). Go on with it: `jaxwm resume "
+        f"{folder}`. Or give another folder with --run, or delete this one.",
+    )
+
+
+def _check_resumable(folder: Path, config: RunConfig) -> None:
+    checkpoint.read_config(folder)
+    done = checkpoint.latest(folder)
+    require(
+        config.steps >= done,
+        f"{folder} has made {done} steps already, so it cannot be resumed up to {config.steps}. "
+        f"Give --steps {done} or more.",
+    )
+
+
+def _check_rows(program: train.Program, fault: Any, when: str) -> None:
+    """Raises an error if an environment has given a NaN or an infinity."""
+    fault = jax.tree.map(lambda x: np.atleast_1d(np.asarray(x)), fault)
+    for seed in range(program.seeds):
+        mine = jax.tree.map(lambda x, i=seed: x[i], fault)
+        message = wrappers.fault_message(program.env, mine)
+        if message:
+            which = f" (seed {seed} of {program.seeds})" if program.seeds > 1 else ""
+            raise JaxwmError(
+                f"The run was stopped {when}{which}: {message} Checkpoints made before are kept."
+            )
+
+
+def _check_losses(metrics: dict[str, Any], updates: int, step: int, config: RunConfig) -> None:
+    """Raises an error if the training has diverged."""
+    names = [x for x in ("loss/total", "grad_norm") if x in metrics]
+    bad = [name for name in names if not np.isfinite(metrics[name]).all()]
+    if updates and bad:
+        terms = [x for x in metrics if x.startswith("loss/") and not np.isfinite(metrics[x]).all()]
+        raise JaxwmError(
+            f"The training diverged before step {step}: {', '.join(terms or bad)} is NaN or "
+            "infinite. Checkpoints made before are kept. Lower --agent.optim.learning-rate "
+            f"(now {config.agent.optim.learning_rate:g}) or look at the scale of the rewards."
+        )
+
+
+@contextlib.contextmanager
+def _memory_in_words() -> Iterator[None]:
+    """Says what to do when the device runs out of memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise JaxwmError(
+            f"{jax.devices()[0].device_kind} ran out of memory: {str(error).splitlines()[0]} "
+            "Lower --replay.capacity, --seeds, --envs, --replay.batch-size or the --size."
+        ) from error
