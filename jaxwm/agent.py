@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxwm.behaviors.actor_critic import ActorCriticConfig, actor_critic
+from jaxwm.config import at_least, share
 from jaxwm.models.world_model import WorldModelConfig, world_model
 from jaxwm.optim import OptimConfig, apply_updates, global_norm, laprop, slow_copy
 from jaxwm.types import (
@@ -44,6 +45,9 @@ class LossWeights:
     value: float = 1.0
     replay_value: float = 0.3
 
+    def __post_init__(self):
+        at_least(self, 0, *(field.name for field in dataclasses.fields(self)))
+
     def of(self, name: str) -> float:
         """The weight of the loss term `name`."""
         return getattr(self, {"continue": "cont"}.get(name, name.split("/")[0]))
@@ -68,6 +72,9 @@ class AgentConfig:
     optim: OptimConfig = OptimConfig()
     slow_rate: float = 0.02
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self):
+        share(self, "slow_rate")
 
 
 class AgentState(NamedTuple):

@@ -254,12 +254,14 @@ def _configure(recipe: str, default: Any, words: list[str], others: list[str]) -
 
 def _unboxed(text: str) -> str:
     """The message in the box that tyro draws, as a sentence."""
-    lines = [line.strip("│ ") for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("╰")]
-    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    words = " ".join(lines[1:rule]) if lines and lines[0].startswith("╭") else " ".join(lines)
+    lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()]
+    rules = [set(line) <= set("─-") for line in lines]
+    # A title, perhaps a rule, the message, a rule, and where to find help.
+    start = 2 if rules[1:2] == [True] else 1
+    end = rules.index(True, start) if True in rules[start:] else len(lines)
+    words = " ".join(lines[start:end])
     words = re.sub(r"^Error parsing [\w.]+: ", "", words)
-    number = re.search(r"^Error parsing (--\S+): .*(int\(\)|float): ('.*')$", words)
+    number = re.search(r"^Error parsing (--\S+): .*(int\(\)|float).*: ('.*')$", words)
     if number:
         kind = "whole number" if number[2] == "int()" else "number"
         return f"{number[1]} should be a {kind}, not {number[3]}."

@@ -6,6 +6,7 @@ path of the key, so a stored configuration means what it says.
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -91,6 +92,30 @@ def require(condition: bool, message: str) -> None:
     """Raises a `JaxwmError` with `message` unless `condition` holds."""
     if not condition:
         raise JaxwmError(message)
+
+
+def at_least(config: Any, minimum: float, *names: str) -> None:
+    """Raises a `JaxwmError` unless the entries `names` are finite and not below `minimum`."""
+    for name in names:
+        value = getattr(config, name)
+        text = f"{type(config).__name__}.{name} is {value}; it must be at least {minimum}."
+        require(minimum <= value < math.inf, text)
+
+
+def positive(config: Any, *names: str) -> None:
+    """Raises a `JaxwmError` unless the entries `names` are finite and above 0."""
+    for name in names:
+        value = getattr(config, name)
+        text = f"{type(config).__name__}.{name} is {value}; it must be positive."
+        require(0 < value < math.inf, text)
+
+
+def share(config: Any, *names: str) -> None:
+    """Raises a `JaxwmError` unless the entries `names` lie in 0..1."""
+    for name in names:
+        value = getattr(config, name)
+        text = f"{type(config).__name__}.{name} is {value}; it must lie in 0 to 1."
+        require(0 <= value <= 1, text)
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

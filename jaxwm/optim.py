@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jaxwm.config import at_least, positive, require
 from jaxwm.types import JaxwmError, Params
 
 
@@ -35,6 +36,13 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-20
+
+    def __post_init__(self):
+        positive(self, "learning_rate", "agc")
+        at_least(self, 0, "warmup_steps", "eps")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"OptimConfig.{name} is {value}; it must lie in 0 to below 1.")
 
 
 def global_norm(tree: Params) -> Float[Array, ""]:

@@ -103,7 +103,7 @@ class Policy:
         )
         action, after = self._act(self._params, arrays, before)
         action = jax.tree.map(np.asarray, action)
-        return action if batch else jax.tree.map(lambda x: x[0], action), after
+        return action if batch else jax.tree.map(lambda x: np.asarray(x[0]), action), after
 
 
 def load(run: str | Path, seed: int = 0, member: int = 0) -> Policy:

@@ -171,15 +171,8 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
 
     def sample(buffer: Buffer, cursor: Cursor, key: Key) -> tuple[Window, Cursor]:
         env, start, cursor = choose(cursor, key)
-        return read(buffer, env, start), cursor
-
-    def read(buffer: Buffer, env: Array, start: Array) -> Window:
-        place = (start[None] + jnp.arange(length + 1)[:, None]) % capacity
-        rows = jax.tree.map(lambda ring: ring[env[None], place], buffer.rows)
-        steps = jax.tree.map(lambda x: x[1:], close_abandoned(rows))
-        deter = buffer.deter[env, place[0]]
-        stoch = jax.nn.one_hot(buffer.stoch[env, place[0]], classes, dtype=latent.stoch.dtype)
-        return Window(Latent(deter, stoch), steps, env, place[1:])
+        window = read(buffer, env, start, length, classes)
+        return window._replace(steps=close_abandoned(window.steps)), cursor
 
     def write_back(buffer: Buffer, window: Window, latents: Latent) -> Buffer:
         at = (jnp.broadcast_to(window.env[None], window.index.shape), window.index)
@@ -195,8 +188,36 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
     return Replay(init, add, sample, write_back, ready, nbytes)
 
 
+def read(
+    buffer: Buffer,
+    env: Int[Array, " B"],
+    start: Int[Array, " B"],
+    length: int,
+    classes: int,
+) -> Window:
+    """The windows of `length + 1` rows that begin at given rows.
+
+    Args:
+      buffer: the rings.
+      env: environment of each window.
+      start: first row of each window, the context, counted from the start of the run.
+      length: trained rows T.
+      classes: classes K of the stored latent.
+
+    Returns:
+      The stored latent of the context row as carry, and the T rows after it.
+    """
+    capacity = buffer.stoch.shape[1]
+    place = (start[None] + jnp.arange(length + 1)[:, None]) % capacity
+    rows = jax.tree.map(lambda ring: ring[env[None], place], buffer.rows)
+    steps = jax.tree.map(lambda x: x[1:], rows)
+    deter = buffer.deter[env, place[0]]
+    stoch = jax.nn.one_hot(buffer.stoch[env, place[0]], classes, dtype=deter.dtype)
+    return Window(Latent(deter, stoch), steps, env, place[1:])
+
+
 def close_abandoned(rows: Step) -> Step:
-    """Marks `is_last` where the next row of a window (T + 1, B) starts another episode.
+    """Marks `is_last` where the next row of a window (T, B) starts another episode.
 
     Only episodes that were abandoned, by a crash or a resume, need it; the last row stays.
     """

@@ -212,7 +212,9 @@ def draw(folder: Path, agent: Agent, env: Env, params: Params, seed: int) -> dic
     length = int(lengths[best])
     context = min(_CONTEXT, math.ceil(length / 3))
     steps = jax.tree.map(lambda x: x[:length, best : best + 1], steps)
-    dream = rollout.open_loop(agent, params, steps, context, key_dream)
+    dream = jax.jit(
+        lambda params, steps, key: rollout.open_loop(agent, params, steps, context, key)
+    )(params, steps, key_dream)
     seen = {name: np.asarray(x)[:, 0] for name, x in steps.obs.items()}
     dreamed = {name: np.asarray(x)[:, 0] for name, x in dream.items()}
     path = folder / "dream.png"

@@ -6,6 +6,7 @@ under the recorded name and in the recorded layout: batch before time, dreams as
 n = b * T + t.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,11 +17,12 @@ import numpy as np
 
 from jaxwm.agent import Agent, AgentConfig, Noise, make_agent
 from jaxwm.behaviors.actor_critic import ActorCriticConfig, dream_targets
-from jaxwm.models.encoders import CodecConfig, Encoder
+from jaxwm.models.encoders import CodecConfig, Encoder, concat_entries, concat_size
 from jaxwm.models.gru import BlockGRUConfig
 from jaxwm.models.latents import LatentConfig, distribution
 from jaxwm.models.world_model import Prior, WorldModelConfig
-from jaxwm.numerics import Percentiles
+from jaxwm.numerics import Percentiles, symlog
+from jaxwm.replay import Buffer, read
 from jaxwm.returns import replay_lambda_return
 from jaxwm.types import Box, Discrete, Latent, Space, Step, is_image
 
@@ -412,6 +414,68 @@ def acting(case: Case) -> dict[str, np.ndarray]:
             name = "action" if len(action) == 1 else f"action/{key}"
             rows.setdefault(name, []).append(value)
     return {f"act/{k}": np.stack([np.asarray(x) for x in v], 1) for k, v in rows.items()}
+
+
+def check_concat(arrays: Mapping[str, np.ndarray], names: list[str]) -> None:
+    """The recorded concatenation of dict entries; class counts are those that fit its width."""
+    values = {name: jnp.asarray(arrays[f"dictconcat/{name}"]) for name in names}
+    whole = {n: v.astype(jnp.int32) for n, v in values.items() if v.dtype != jnp.float32}
+    width = arrays["dictconcat/y"].shape[-1]
+    counts = [
+        [2] if values[n].dtype == bool else range(int(v.max()) + 1, width) for n, v in whole.items()
+    ]
+    fitting = 0
+    for classes in itertools.product(*counts):
+        space = {n: Box(v.shape[1:]) for n, v in values.items()}
+        space |= {
+            n: Discrete(c, v.shape[1:]) for c, (n, v) in zip(classes, whole.items(), strict=True)
+        }
+        if concat_size(space) != width:
+            continue
+        plain = np.asarray(concat_entries(space, values | whole))
+        if np.allclose(plain, arrays["dictconcat/y_nosquish"], rtol=1e-6):
+            fitting += 1
+            squashed = np.asarray(concat_entries(space, values | whole, symlog))
+            np.testing.assert_allclose(squashed, arrays["dictconcat/y"], rtol=1e-6, atol=1e-7)
+    assert fitting == 1
+
+
+def check_context(arrays: Mapping[str, np.ndarray]) -> None:
+    """A recorded window of context and trained steps, read back from a ring.
+
+    The recording stores with each step the action taken there, a row of ours the action that
+    led there, so that a stored action belongs one row later.
+    """
+    part = lambda name: jnp.asarray(arrays[f"context/{name}"])  # noqa: E731
+    keys = sorted(
+        name
+        for name in (key.removeprefix("context/in/") for key in arrays)
+        if f"context/out_obs/{name}" in arrays and name not in FLAGS
+    )
+    taken = part("in/action")
+    led = jnp.concatenate([jnp.zeros_like(taken[:, :1]), taken[:, :-1]], 1)
+    rows = Step(
+        led, {k: part(f"in/{k}") for k in keys}, *(part(f"in/{k}") for k in FLAGS)
+    )
+    stoch = part("in/dyn/stoch")
+    buffer = Buffer(rows, part("in/dyn/deter"), stoch.argmax(-1).astype(jnp.uint8))
+    count, length = taken.shape[0], taken.shape[1] - 1
+    env, start = jnp.arange(count), jnp.zeros(count, jnp.int32)
+    window = read(buffer, env, start, length, stoch.shape[-1])
+    same = lambda have, name: np.testing.assert_array_equal(  # noqa: E731
+        np.swapaxes(np.asarray(have), 0, 1), arrays[f"context/{name}"]
+    )
+    same(window.steps.action, "out_prevact/action")
+    for key in FLAGS:
+        same(getattr(window.steps, key), f"out_obs/{key}")
+    for key in keys:
+        same(window.steps.obs[key], f"out_obs/{key}")
+    same(part("in/stepid")[window.env[None], window.index], "out_stepid")
+    # Every window starts from stored latents; windows that continue another are not made.
+    starts = arrays["context/in/consec"][:, 0] == 0
+    for name in ("deter", "stoch"):
+        have = np.asarray(getattr(window.context, name))[starts]
+        np.testing.assert_array_equal(have, arrays[f"context/out_carry/{name}"][starts])
 
 
 def _names(arrays: Mapping[str, np.ndarray], prefix: str) -> list[str]:

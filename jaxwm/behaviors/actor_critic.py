@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxwm import dists, nets
+from jaxwm.config import at_least, positive, share
 from jaxwm.numerics import (
     Percentiles,
     percentiles_init,
@@ -77,6 +78,13 @@ class ActorCriticConfig:
     unimix: float = 0.01
     start_weight: Literal["predicted", "true"] = "predicted"
     return_rate: float = 0.01
+
+    def __post_init__(self):
+        at_least(self, 1, "units", "layers", "imagine", "horizon")
+        at_least(self, 3, "bins")
+        share(self, "lambda_", "unimix", "return_rate")
+        at_least(self, 0, "entropy", "slow_regularizer")
+        positive(self, "return_rate")
 
 
 class Dream(NamedTuple):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxwm import dists, nets
+from jaxwm.config import at_least, require
 from jaxwm.numerics import symlog
 from jaxwm.types import Array, Box, Discrete, JaxwmError, Space, is_image
 
@@ -41,6 +42,13 @@ class CodecConfig:
     mults: tuple[int, ...] = (2, 3, 4, 4)
     convs: Literal["pool", "strided"] = "pool"
     blocks: int = 8
+
+    def __post_init__(self):
+        at_least(self, 1, "units", "layers", "depth", "blocks")
+        require(
+            len(self.mults) > 0 and min(self.mults) > 0,
+            f"CodecConfig.mults is {self.mults}; it must hold at least one stage, all positive.",
+        )
 
 
 def one_hot(space: Discrete, value: Array) -> Array:
@@ -118,7 +126,8 @@ def image_stages(size: tuple[int, int], config: CodecConfig) -> list[int]:
       config: the first `mults` are used; further stages repeat the last.
 
     Raises:
-      JaxwmError: if no number of halvings ends with both sides whole and in 3..16.
+      JaxwmError: if no number of halvings ends with both sides whole and in 3..16, or the
+        decoder's blocks do not divide the channels of the last.
     """
     wanted = len(config.mults) - (config.convs == "strided")
     for count in sorted(range(1, 10), key=lambda n: (abs(n - wanted), n)):
@@ -127,7 +136,13 @@ def image_stages(size: tuple[int, int], config: CodecConfig) -> list[int]:
             # The strided stack starts with a convolution at full resolution.
             total = count + (config.convs == "strided")
             mults = (*config.mults, *[config.mults[-1]] * total)[:total]
-            return [config.depth * mult for mult in mults]
+            depths = [config.depth * mult for mult in mults]
+            require(
+                depths[-1] % config.blocks == 0,
+                f"CodecConfig.blocks is {config.blocks}; it must divide the {depths[-1]} channels "
+                "of the smallest image stage, which are depth times its entry of mults.",
+            )
+            return depths
     raise JaxwmError(
         f"Images of {size[0]}x{size[1]} pixels cannot be halved to sides of 3 to 16 pixels. "
         "Resize them, for example to 64x64."

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxwm import dists
+from jaxwm.config import at_least, share
 from jaxwm.types import Array, Float, Key
 
 sg = jax.lax.stop_gradient
@@ -30,6 +31,12 @@ class LatentConfig:
     classes: int = 64
     unimix: float = 0.01
     free_nats: float = 1.0
+
+    def __post_init__(self):
+        at_least(self, 1, "stoch")
+        at_least(self, 2, "classes")
+        share(self, "unimix")
+        at_least(self, 0, "free_nats")
 
 
 def distribution(config: LatentConfig, logits: Float[Array, "*lead S K"]) -> dists.OneHot:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxwm import dists, nets
+from jaxwm.config import at_least, require
 from jaxwm.models import latents as lt
 from jaxwm.models.encoders import (
     CodecConfig,
@@ -70,6 +71,15 @@ class WorldModelConfig:
     bins: int = 255
     horizon: int = 333
     dtype: str = "float32"
+
+    def __post_init__(self):
+        at_least(self, 1, "units", "horizon")
+        at_least(self, 3, "bins")
+        require(
+            self.core.deter % self.codec.blocks == 0,
+            f"CodecConfig.blocks is {self.codec.blocks}; it must divide the deterministic state "
+            f"of {self.core.deter}.",
+        )
 
 
 class Posterior(nn.Module):

@@ -24,6 +24,7 @@ from jaxwm.models.gru import BlockGRUConfig
 from jaxwm.models.latents import LatentConfig
 from jaxwm.models.world_model import WorldModelConfig
 from jaxwm.optim import OptimConfig
+from jaxwm.config import require
 from jaxwm.recipes import RunConfig
 from jaxwm.replay import ReplayConfig
 from jaxwm.types import nearest
@@ -69,18 +70,58 @@ def agent(size: str, variant: str = "head") -> AgentConfig:
     return _variant(config, variant)
 
 
-def config(env: str, size: str = "size200m", variant: str = "head") -> RunConfig:
-    """A run of DreamerV3 in `env` with the reference's numbers.
+# What each preset is for; the numbers are in `config`.
+PRESETS = {
+    "cartpole": "gymnax/CartPole-v1 solved on two CPU cores in about three minutes (the demo)",
+    "catch": "gymnax/Catch-bsuite, a grid as observation, solved in about two minutes",
+    "pixels": "toy/Pixels, 64x64 colour frames on two CPU cores",
+    "pendulum": "brax/inverted_pendulum, continuous actions on two CPU cores",
+}
+
+
+def config(
+    env: str | None = None,
+    size: str | None = None,
+    variant: str | None = None,
+    preset: str | None = None,
+) -> RunConfig:
+    """A run of DreamerV3, with the reference's numbers unless a preset says otherwise.
 
     Args:
-      env: name of the environment.
-      size: see `agent`.
-      variant: see `agent`.
+      env: name of the environment; None for the preset's.
+      size: see `agent`; None for the preset's, or size200m as in the reference.
+      variant: see `agent`; None for "head".
+      preset: one of `PRESETS`; None for the reference's numbers.
 
     Raises:
-      JaxwmError: if there is no such size or variant.
+      JaxwmError: if there is no such size, variant or preset, or no environment was named.
     """
-    return RunConfig(env=env, size=size, variant=variant, agent=agent(size, variant))
+    if preset is not None and preset not in PRESETS:
+        raise nearest(preset, PRESETS, "preset of dreamer_v3")
+    if preset is None:
+        require(env is not None, "Name an environment with --env, or a preset with --preset.")
+        size, variant = size or "size200m", variant or "head"
+        return RunConfig(env=str(env), size=size, variant=variant, agent=agent(size, variant))
+    # Short runs of a small agent: small batches, many updates, a replay of the whole run.
+    size, variant = size or "nano", variant or "head"
+    base = RunConfig(
+        env=env or "gymnax/CartPole-v1",
+        size=size,
+        variant=variant,
+        agent=agent(size, variant),
+        envs=8,
+        steps=10_000,
+        replay=ReplayConfig(capacity=100_000, batch_size=16, batch_length=32, train_ratio=64),
+        log_every=500,
+        save_every=5_000,
+    )
+    if preset == "catch":
+        return dataclasses.replace(base, env=env or "gymnax/Catch-bsuite")
+    if preset == "pixels":
+        return dataclasses.replace(base, env=env or "toy/Pixels")
+    if preset == "pendulum":
+        return dataclasses.replace(base, env=env or "brax/inverted_pendulum")
+    return base
 
 
 def _agent(
@@ -101,7 +142,9 @@ def _thin(config: AgentConfig, layers: int, bins: int, imagine: int) -> AgentCon
     codec = dataclasses.replace(config.model.codec, layers=layers)
     model = dataclasses.replace(config.model, codec=codec, bins=bins)
     behavior = dataclasses.replace(config.behavior, layers=layers, bins=bins, imagine=imagine)
-    return dataclasses.replace(config, model=model, behavior=behavior)
+    # Small networks and short runs take, and need, larger steps.
+    optim = OptimConfig(learning_rate=1e-3, warmup_steps=100)
+    return dataclasses.replace(config, model=model, behavior=behavior, optim=optim)
 
 
 def _variant(config: AgentConfig, variant: str) -> AgentConfig:

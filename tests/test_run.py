@@ -1,0 +1,140 @@
+"""What a run leaves behind, and what stops it."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxwm
+from jaxwm import checkpoint, cli, envs, train
+from jaxwm.agent import make_agent
+from jaxwm.log import read_metrics
+from jaxwm.report import command
+from jaxwm.run import _check_losses, _memory_in_words, default_folder, evaluation_lines, resume, run
+from jaxwm.types import Box, Discrete, Env, JaxwmError, first, transition
+
+
+def test_a_finished_run_leaves_its_papers(tiny, finished):
+    assert {x.name for x in finished.iterdir()} == {
+        *("config.json", "versions.json", "metrics.jsonl", "checkpoints"),
+        *("SUMMARY.md", "curve.png", "dream.png"),
+    }
+    assert checkpoint.read_config(finished) == tiny
+    steps = sorted(int(x.name) for x in (finished / "checkpoints").iterdir())
+    # save_every = 100 is passed by the chunk of 40 steps that ends at 120.
+    assert steps == [120, 200]
+    found = json.loads((finished / "versions.json").read_text())
+    assert found["jax"] == jax.__version__ and {"python", "flax", "optax", "device"} <= set(found)
+    text = (finished / "SUMMARY.md").read_text()
+    words = ["toy/Memory", "--env toy/Memory --size debug", "evaluation return: ", "dream.png"]
+    words += ["time of training", "time of compiling", "| environment steps per seed | 200 |"]
+    words += [f"jaxwm resume {finished}", f"jaxwm eval {finished}", "jaxwm.load"]
+    for word in words:
+        assert word in text
+
+
+def test_every_chunk_is_told(finished):
+    lines = read_metrics(finished)
+    assert [line["step"] for line in lines] == [40, 80, 120, 160, 200]
+    # 10 rows of each environment make a chunk; the replay holds all of them.
+    assert [line["replay/size"] for line in lines] == [40, 80, 120, 160, 200]
+    # Training starts once a batch of 2 x 6 rows is there, 9 rows of 4 environments; from then
+    # on 2 rows are trained on for each of 4 x (50 - 8) steps, 12 in an update.
+    assert lines[-1]["updates"] == 2 * 4 * 42 // 12
+    assert "loss/total" in lines[-1]
+
+
+@pytest.fixture
+def still(monkeypatch):
+    """An agent that acts but never learns: most of a program's compile time is the learning."""
+
+    def make(*args):
+        agent = make_agent(*args)
+
+        def update(state, carry, steps, key):
+            latents = jax.tree.map(lambda x: jnp.stack([x] * len(steps.is_first)), carry)
+            return state, latents, {"loss/total": steps.reward.mean()}
+
+        return agent._replace(update=update)
+
+    monkeypatch.setattr(train, "make_agent", make)
+
+
+def test_seeds_side_by_side_are_told_apart(tiny, still, tmp_path, capsys):
+    config = dataclasses.replace(tiny, seeds=2, seed=5, steps=80, log_every=80)
+    with jax.debug_key_reuse(False):
+        summary = run(config, tmp_path / "run")
+        resumed = resume(tmp_path / "run", steps=160, quiet=True)
+    assert resumed.steps == 160
+    assert summary.returns.shape == (2, 3)
+    told = capsys.readouterr().out
+    means = summary.returns.mean(1)
+    assert f"evaluation return (seed 5): {means[0]:.6g}\n" in told
+    assert f"evaluation return (seed 6): {means[1]:.6g}\n" in told
+    assert f"\nevaluation return: {summary.returns.mean():.6g}\n" in told
+    assert {line["seed"] for line in read_metrics(tmp_path / "run")} == {0, 1}
+    one, two = (jaxwm.load(tmp_path / "run", member=i) for i in range(2))
+    cue = np.ones(8, int)
+    assert (one.act(cue)[1].latent.stoch != two.act(cue)[1].latent.stoch).any()
+
+
+def test_evaluation_lines():
+    # (1 + 2) / 2 and (4 + 6) / 2, whose mean is 3.25.
+    returns = np.array([[1.0, 2.0], [4.0, 6.0]])
+    assert evaluation_lines(returns, 7) == [
+        "evaluation return (seed 7): 1.5",
+        "evaluation return (seed 8): 5",
+        "evaluation return: 3.25",
+    ]
+    assert evaluation_lines(returns[:1], 0) == ["evaluation return: 1.5"]
+
+
+def test_the_default_folder_is_named_after_the_run(tiny):
+    config = dataclasses.replace(tiny, env="gymnax/CartPole-v1", seed=3)
+    assert str(default_folder(config)) == "runs/dreamer_v3-gymnax-cartpole-v1-debug-seed3"
+
+
+def breaking(at: int) -> Env:
+    """One endless episode, whose observation "height" is NaN at step `at`."""
+
+    def reset(key):
+        return jnp.zeros((), jnp.int32), first(Discrete(2), {"height": jnp.zeros((1,))})
+
+    def step(state, action, key):
+        height = jnp.where(state + 1 == at, jnp.nan, 1.0)
+        return state + 1, transition(action, {"height": height[None]}, 0.0, False)
+
+    return Env("test/Breaking", {"height": Box((1,))}, Discrete(2), reset, step)
+
+
+def test_a_broken_environment_stops_the_run(tiny, still, tmp_path, monkeypatch, capsys):
+    """The row is named, and the checkpoint before it stays the last."""
+    # Step 35 of 4 environments falls into the chunk from 120 to 160; a checkpoint is at 120.
+    monkeypatch.setattr(envs, "make", lambda name: breaking(35))
+    folder = tmp_path / "run"
+    assert cli.main([*command(tiny).split()[1:], "--run", str(folder)]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "stopped before step 160" in told and "Checkpoints made before are kept" in told
+    assert "NaN or an infinity: first in the observation 'height' of environment 0, 4 bad" in told
+    assert checkpoint.latest(folder) == 120
+    assert read_metrics(folder)[-1]["step"] == 120
+    assert not (folder / "SUMMARY.md").exists()
+
+
+def test_a_diverged_training_is_told(tiny):
+    metrics = {"loss/total": np.array([1.0, np.nan]), "loss/reward": np.array([1.0, np.nan])}
+    with pytest.raises(JaxwmError, match=r"diverged before step 80: loss/total, loss/reward is"):
+        _check_losses(metrics, 3, 80, tiny)
+    _check_losses(metrics, 0, 80, tiny)  # no update, nothing to tell
+    _check_losses({"loss/total": np.float32(1.0)}, 3, 80, tiny)
+
+
+def test_a_full_device_is_told():
+    told = r"out of memory: RESOURCE_EXHAUSTED: 9 GiB Lower --replay\.capacity"
+    with pytest.raises(JaxwmError, match=told), _memory_in_words():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), _memory_in_words():
+        raise jax.errors.JaxRuntimeError("INTERNAL: other")
