@@ -236,7 +236,7 @@ def _configure(recipe: str, default: Any, words: list[str], others: list[str]) -
             config, rest = tyro.cli(
                 type(default),
                 prog=f"jaxwm train {recipe}",
-                description=_TRAIN_HELP.partition("recipes:")[0].partition("\n\n")[2],
+                description=_about(recipe),
                 default=default,
                 args=words,
                 return_unknown_args=True,
@@ -250,6 +250,15 @@ def _configure(recipe: str, default: Any, words: list[str], others: list[str]) -
     if config.recipe != recipe:
         raise UsageError(f"The recipe is {recipe}; --recipe {config.recipe} contradicts it.")
     return config
+
+
+def _about(recipe: str) -> str:
+    """What `jaxwm train RECIPE --help` says before it lists the configuration."""
+    from importlib import import_module
+
+    text = _TRAIN_HELP.partition("\n\n")[2].partition("recipes:")[0]
+    presets = import_module(f"jaxwm.recipes.{recipe}").PRESETS
+    return f"{text}presets:\n" + "".join(f"  {k:<16}  {v}\n" for k, v in presets.items())
 
 
 def _unboxed(text: str) -> str:

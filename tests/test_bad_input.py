@@ -64,7 +64,7 @@ def told(monkeypatch, capsys, tmp_path):
         (f"{TRAIN} --seed -1", "seed is -1; it must not be negative."),
         (f"{TRAIN} --agent.model.core.blocks 3", "blocks must divide deter"),
         (
-            f"{TRAIN} --env toy/Pixels --agent.model.codec.blocks 16 --replay.capacity 1000",
+            f"{TRAIN} --env toy/Pixels --agent.model.codec.blocks 16 --replay.capacity 2000",
             "blocks is 16; it must divide the 8 channels",
         ),
         (f"{TRAIN} --replay.capacity 100", "fewer than the 65 rows of one window"),

@@ -55,6 +55,7 @@ def test_names_and_submodules_arrive_when_used():
 def test_the_help_of_train(words, capsys):
     assert cli.main(words) == 0
     text = capsys.readouterr().out
+    assert ("cartpole" in text) == ("dreamer_v3" in words)
     assert "--preset" in text and "--replay.train-ratio" in text and "--run" in text
 
 

@@ -11,9 +11,19 @@ import pytest
 import jaxwm
 from jaxwm import checkpoint, cli, envs, train
 from jaxwm.agent import make_agent
+from jaxwm.evaluate import rollout
 from jaxwm.log import read_metrics
+from jaxwm.recipes import dreamer_v3
 from jaxwm.report import command
-from jaxwm.run import _check_losses, _memory_in_words, default_folder, evaluation_lines, resume, run
+from jaxwm.run import (
+    _check_losses,
+    _memory_in_words,
+    default_folder,
+    evaluate,
+    evaluation_lines,
+    resume,
+    run,
+)
 from jaxwm.types import Box, Discrete, Env, JaxwmError, first, transition
 
 
@@ -122,6 +132,15 @@ def test_a_broken_environment_stops_the_run(tiny, still, tmp_path, monkeypatch, 
     assert checkpoint.latest(folder) == 120
     assert read_metrics(folder)[-1]["step"] == 120
     assert not (folder / "SUMMARY.md").exists()
+
+
+def test_a_broken_evaluation_is_told(monkeypatch):
+    env = breaking(1)
+    agent = make_agent(dreamer_v3.agent("debug"), env.obs_space, env.action_space)
+    monkeypatch.setattr(rollout, "evaluate", lambda *args: jnp.full((2,), jnp.nan))
+    with pytest.raises(JaxwmError, match=r"test/Breaking gave a NaN .* in the evaluation"):
+        evaluate(agent, env, [{}], 2, seed=0)
+    assert evaluate(agent, env, [{}, {}], 0, seed=0).shape == (2, 0)
 
 
 def test_a_diverged_training_is_told(tiny):
