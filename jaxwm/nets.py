@@ -8,6 +8,7 @@ DreamerV3 (arXiv:2301.04104).
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -170,7 +171,10 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         kernel, bias = _conv_params(self)
-        x = _convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+        # SAME padding: what is missing for whole strides, the larger half after the map.
+        short = [max(self.kernel - (n % self.stride or self.stride), 0) for n in x.shape[1:3]]
+        pads = tuple((n // 2, n - n // 2) for n in short)
+        x = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, pads)
         return x + _over(bias.astype(self.dtype), x)
 
 
@@ -191,16 +195,66 @@ class ConvTranspose(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         kernel, bias = _conv_params(self)
         half = self.kernel // 2
-        pad = (half + self.stride - 1, half)
-        x = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (1, 1),
-            (pad, pad),
-            lhs_dilation=(self.stride, self.stride),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        pads = ((half + self.stride - 1, half),) * 2
+        kernel = kernel.astype(self.dtype)
+        x = convolve(x.astype(self.dtype), kernel, 1, pads, self.stride)
         return x + _over(bias.astype(self.dtype), x)
+
+
+Pads = tuple[tuple[int, int], ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def convolve(
+    x: Float[Array, "n h w c"], kernel: Array, stride: int, pads: Pads, dilation: int = 1
+) -> Float[Array, "n h2 w2 c2"]:
+    """Convolution of NHWC maps by an HWIO kernel; `dilation` puts zeros between pixels.
+
+    On CPU the gradients are convolutions in the one layout that XLA has a fast routine for:
+    inside a loop it runs the ones of automatic differentiation some ten times slower.
+    """
+    return _conv(x, kernel, stride, pads, dilation, 1)
+
+
+def _convolve_forward(x, kernel, stride, pads, dilation):
+    return _conv(x, kernel, stride, pads, dilation, 1), (x, kernel)
+
+
+def _convolve_backward(stride, pads, dilation, saved, grad):
+    x, kernel = saved
+    if jax.default_backend() != "cpu":
+        transpose = jax.vjp(lambda x, k: _conv(x, k, stride, pads, dilation, 1), x, kernel)[1]
+        return transpose(grad)
+    to_x, to_kernel = [], []
+    for axis in (1, 2):
+        size = kernel.shape[axis - 1]
+        wide_x = (x.shape[axis] - 1) * dilation + 1
+        wide_grad = (grad.shape[axis] - 1) * stride + 1
+        low = pads[axis - 1][0]
+        before = size - 1 - low
+        to_x.append((before, wide_x + size - 1 - wide_grad - before))
+        to_kernel.append((low, size - 1 + wide_grad - wide_x - low))
+    flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    grad_x = _conv(grad, flipped, dilation, to_x, stride, 1)
+    # Channels and batch change places: the correlation of the maps with their gradients.
+    maps, windows = x.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3)
+    grad_kernel = _conv(maps, windows, 1, to_kernel, dilation, stride)
+    return grad_x, grad_kernel.transpose(1, 2, 0, 3)
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _conv(x: Array, kernel: Array, stride: int, pads: Any, dilation: int, spread: int) -> Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        pads,
+        lhs_dilation=(dilation, dilation),
+        rhs_dilation=(spread, spread),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
@@ -222,12 +276,6 @@ def _conv_params(module: Conv | ConvTranspose) -> tuple[Array, Array]:
     kernel = module.param("kernel", init, shape)
     bias = module.param("bias", nn.initializers.zeros, (module.outputs,))
     return kernel, bias
-
-
-def _convolve(x: Array, kernel: Array, stride: int) -> Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 def _over(vector: Array, like: Array, axis: int = -1) -> Array:

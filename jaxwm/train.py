@@ -6,6 +6,7 @@ seeds; counters and replay cursor are the same for all seeds and stay unmapped, 
 updates and loops keep their form.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ class Program(NamedTuple):
       env: the batched environment.
       agent: the agent.
       replay: the replay.
-      init: `key -> TrainState`.
+      init: `() -> TrainState`; the key of the run's seed is an argument of the compiled code.
       chunk: `TrainState -> TrainState, metrics`, `iterations` iterations; updates in place.
       iterations: iterations per chunk.
       seeds: number of seeds; with more than one every leaf but the clock leads with them.
@@ -152,7 +153,7 @@ def build(config: RunConfig, iterations: int | None = None) -> Program:
             env,
             agent,
             memory,
-            jax.jit(lambda: init(keys[0])),
+            functools.partial(jax.jit(init), keys[0]),
             jax.jit(chunk, donate_argnums=0),
             count,
             1,
@@ -164,7 +165,7 @@ def build(config: RunConfig, iterations: int | None = None) -> Program:
         env,
         agent,
         memory,
-        jax.jit(lambda: init_seeds(jnp.stack(keys))),
+        functools.partial(jax.jit(init_seeds), jnp.stack(keys)),
         jax.jit(chunk_seeds, donate_argnums=0),
         count,
         config.seeds,

@@ -102,26 +102,42 @@ def config(
         require(env is not None, "Name an environment with --env, or a preset with --preset.")
         size, variant = size or "size200m", variant or "head"
         return RunConfig(env=str(env), size=size, variant=variant, agent=agent(size, variant))
-    # Short runs of a small agent: small batches, many updates, a replay of the whole run.
-    size, variant = size or "nano", variant or "head"
     base = RunConfig(
         env=env or "gymnax/CartPole-v1",
-        size=size,
-        variant=variant,
-        agent=agent(size, variant),
+        size=size or "nano",
+        variant=variant or "head",
+        agent=agent(size or "nano", variant or "head"),
         envs=8,
         steps=10_000,
         replay=ReplayConfig(capacity=100_000, batch_size=16, batch_length=32, train_ratio=64),
-        log_every=500,
+        log_every=400,
         save_every=5_000,
     )
     if preset == "catch":
-        return dataclasses.replace(base, env=env or "gymnax/Catch-bsuite")
+        # Episodes last nine steps: short dreams and windows, and as many more updates.
+        base = _short(base, env or "gymnax/Catch-bsuite", steps=8_000, train_ratio=128)
+        # A ball is two numbers of fifty: their reconstruction must count against the KL.
+        weights = dataclasses.replace(base.agent.weights, rec=5.0)
+        return dataclasses.replace(base, agent=dataclasses.replace(base.agent, weights=weights))
     if preset == "pixels":
-        return dataclasses.replace(base, env=env or "toy/Pixels")
+        base = _short(base, env or "toy/Pixels", steps=4_000, train_ratio=32)
+        replay = dataclasses.replace(base.replay, capacity=20_000, batch_size=8)
+        return dataclasses.replace(base, replay=replay, log_every=160, save_every=2_000)
     if preset == "pendulum":
         return dataclasses.replace(base, env=env or "brax/inverted_pendulum")
     return base
+
+
+def _short(config: RunConfig, env: str, steps: int, train_ratio: float) -> RunConfig:
+    """A run in an environment with episodes of some ten steps."""
+    behavior = dataclasses.replace(config.agent.behavior, imagine=8)
+    return dataclasses.replace(
+        config,
+        env=env,
+        steps=steps,
+        agent=dataclasses.replace(config.agent, behavior=behavior),
+        replay=dataclasses.replace(config.replay, batch_length=16, train_ratio=train_ratio),
+    )
 
 
 def _agent(
