@@ -93,18 +93,21 @@ def make_env(config: RunConfig) -> Env:
     return env
 
 
-def build(config: RunConfig, iterations: int | None = None) -> Program:
+def build(
+    config: RunConfig, iterations: int | None = None, single: Env | None = None
+) -> Program:
     """The compiled program of a run; nothing is allocated or compiled before it is called.
 
     Args:
       config: the run.
       iterations: iterations per chunk; by default what `log_every` asks for.
+      single: the single environment, if it is not the one that `config.env` names.
 
     Raises:
       JaxwmError: if the agent cannot take the environment's spaces, or the device cannot hold
         the replay.
     """
-    env = wrappers.guard(wrappers.batch(make_env(config), config.envs))
+    env = wrappers.guard(wrappers.batch(single or make_env(config), config.envs))
     agent = make_agent(config.agent, env.obs_space, env.action_space)
     first_row = jax.eval_shape(env.reset, jax.random.key(0))[1]
     latent = jax.eval_shape(lambda: agent.initial(config.envs))

@@ -1,0 +1,174 @@
+"""Throughput of one update, of acting, and of the whole on-device loop; one JSON line.
+
+    python -m benchmarks.throughput --size size1m --obs vector
+    python -m benchmarks.throughput --size size1m --obs image
+
+The work is the reference's: 16 windows of 64 rows, dreams of 15 steps from all 1,024 latents;
+24 numbers as observation and 6 continuous actions, or 64x64 colour images and 6 choices. The
+data are synthetic: the cost does not depend on them.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxwm import train
+from jaxwm.agent import AgentConfig, compute_dtype, make_agent
+from jaxwm.envs import wrappers
+from jaxwm.recipes import RunConfig, dreamer_v3
+from jaxwm.replay import ReplayConfig
+from jaxwm.types import ActionSpace, Box, Discrete, Env, ObsSpace, Step, first, transition
+
+
+def spaces(obs: str) -> tuple[ObsSpace, ActionSpace]:
+    """Observation and action spaces of the synthetic work."""
+    if obs == "image":
+        return {"image": Box((64, 64, 3), "uint8")}, Discrete(6)
+    return {"vector": Box((24,))}, Box((6,), low=-1.0, high=1.0)
+
+
+def synthetic(obs: str) -> Env:
+    """An environment of random observations and rewards in episodes of 1,000 steps."""
+    obs_space, action_space = spaces(obs)
+
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
+        if obs == "image":
+            return {"image": jax.random.bits(key, (64, 64, 3), jnp.uint8)}
+        return {"vector": jax.random.normal(key, (24,))}
+
+    def reset(key: jax.Array) -> tuple[jax.Array, Step]:
+        return jnp.zeros(()), first(action_space, draw(key))
+
+    def step(state: jax.Array, action: Any, key: jax.Array) -> tuple[jax.Array, Step]:
+        key_obs, key_reward = jax.random.split(key)
+        return state + 1, transition(action, draw(key_obs), jax.random.normal(key_reward), False)
+
+    return wrappers.time_limit(Env("synthetic", obs_space, action_space, reset, step), 1000)
+
+
+def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Wall time of each of `repeats` calls, after one that is not counted."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def measure_update(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) -> dict:
+    """Compile seconds, seconds per update and policy steps per second of a batch of rows."""
+    agent = make_agent(config, *spaces(obs))
+    env = wrappers.batch(synthetic(obs), batch)
+    key = jax.random.key(0)
+    state = jax.jit(agent.init)(key)
+    row = jax.jit(env.reset)(key)[1]
+    steps = jax.tree.map(lambda x: jnp.stack([x] * length), row)
+    steps = steps._replace(is_first=jnp.zeros((length, batch), bool))
+    carry = agent.initial(batch)
+    start = time.perf_counter()
+    update = jax.jit(agent.update, donate_argnums=0).lower(state, carry, steps, key).compile()
+    compile_seconds = time.perf_counter() - start
+    act = jax.jit(agent.act).lower(state.params, carry, row, key).compile()
+    acting = seconds(lambda: act(state.params, carry, row, key), 10 * repeats)
+
+    def once() -> Any:
+        nonlocal state
+        state, _, metrics = update(state, carry, steps, key)
+        return metrics
+
+    updating = seconds(once, repeats)
+    return {
+        "compile_seconds": compile_seconds,
+        "seconds_per_update": statistics.median(updating),
+        "seconds_per_update_best": min(updating),
+        "updates_per_second": 1 / statistics.median(updating),
+        "policy_steps_per_second": batch / statistics.median(acting),
+    }
+
+
+def measure_loop(config: RunConfig, obs: str, updates: int, repeats: int) -> dict:
+    """The compiled loop of environment, replay and updates, with `updates` per chunk."""
+    per_update = config.replay.batch_size * config.replay.batch_length
+    iterations = int(updates * per_update / (config.replay.train_ratio * config.envs))
+    program = train.build(config, iterations, synthetic(obs))
+    state = program.init()
+    start = time.perf_counter()
+    chunk = program.chunk.lower(state).compile()
+    compile_seconds = time.perf_counter() - start
+    while int(state.clock.updates) == 0:  # fill the replay
+        state, _ = chunk(state)
+    before = int(state.clock.updates)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        state, metrics = chunk(state)
+        jax.block_until_ready(metrics)
+        times.append(time.perf_counter() - start)
+    made = (int(state.clock.updates) - before) / repeats
+    median = statistics.median(times)
+    return {
+        "compile_seconds": compile_seconds,
+        "seconds_per_update": median / made,
+        "updates_per_second": made / median,
+        "env_steps_per_second": iterations * config.envs / median,
+        "train_ratio": config.replay.train_ratio,
+        "envs": config.envs,
+        "temporary_bytes": chunk.memory_analysis().temp_size_in_bytes,
+        "replay_bytes": program.replay.nbytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="size1m", help="a size of dreamer_v3")
+    parser.add_argument("--obs", default="vector", choices=("vector", "image"))
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--no-loop", action="store_true", help="the update alone")
+    parser.add_argument("--out", type=Path, help="append the line to this file too")
+    args = parser.parse_args()
+    agent = dataclasses.replace(dreamer_v3.agent(args.size), dtype=args.dtype)
+    result = {
+        "size": args.size,
+        "obs": args.obs,
+        "batch": [args.batch, args.length],
+        "imagine": agent.behavior.imagine,
+        "dtype": compute_dtype(args.dtype),
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        **measure_update(agent, args.obs, args.batch, args.length, args.repeats),
+    }
+    if not args.no_loop:
+        replay = ReplayConfig(
+            capacity=20_000, batch_size=args.batch, batch_length=args.length, train_ratio=512
+        )
+        config = RunConfig(env="synthetic", size=args.size, agent=agent, replay=replay)
+        result["loop"] = measure_loop(config, args.obs, 8, max(2, args.repeats // 4))
+    line = json.dumps(result)
+    print(line)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("a") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""One compiled program: seeds, traces, memory, transfers, the train ratio and the statistics."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxwm import envs, train
+from jaxwm.agent import Agent, AgentState
+from jaxwm.recipes import RunConfig, dreamer_v3
+from jaxwm.replay import ReplayConfig
+from jaxwm.types import Latent
+
+# 200 000 rows of 83 bytes: far more than all else in the program together.
+BIG = ReplayConfig(capacity=200_000, batch_size=2, batch_length=6, train_ratio=3.0)
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    agent = dreamer_v3.agent("debug")
+    # A short warmup, so that 20 updates move the parameters visibly.
+    agent = dataclasses.replace(agent, optim=dataclasses.replace(agent.optim, warmup_steps=20))
+    return RunConfig(env="toy/Memory", size="debug", agent=agent, envs=4, replay=BIG)
+
+
+@pytest.fixture(scope="module")
+def single(config):
+    """The program of one seed, and its chunk compiled."""
+    program = train.build(config, iterations=7)
+    return program, program.chunk.lower(jax.eval_shape(program.init)).compile()
+
+
+@pytest.fixture(scope="module")
+def quad(config):
+    """The program of four seeds, and its chunk compiled."""
+    with jax.debug_key_reuse(False):
+        program = train.build(dataclasses.replace(config, seeds=4), iterations=7)
+        return program, program.chunk.lower(jax.eval_shape(program.init)).compile()
+
+
+def run(chunk, state, times):
+    for _ in range(times):
+        state, metrics = chunk(state)
+    return state, metrics
+
+
+def calm(state):
+    """The state, with reward heads and critics that hold far bins for unlikely.
+
+    At initialisation every bin, up to 5e8, is equally likely: rounding of the last bit then
+    moves a predicted value by 0.5, and no two programs could agree.
+    """
+    far = -2.0 * np.abs(np.linspace(-20, 20, 41, dtype=np.float32))
+
+    def lower(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        head = name.endswith(("value/out/bias", "reward/out/bias"))
+        return x + np.broadcast_to(far, x.shape) if head else x
+
+    agent = state.agent
+    params, slow = (jax.tree_util.tree_map_with_path(lower, x) for x in (agent.params, agent.slow))
+    return state._replace(agent=agent._replace(params=params, slow=slow))
+
+
+def test_four_seeds_in_one_program_follow_four_single_runs(config, single, quad):
+    with jax.debug_key_reuse(False):
+        together, metrics = run(quad[1], calm(quad[0].init()), 4)
+    # A batch of 2 x 6 rows is there after 9 rows of 4 environments; 4 x 3 rows are earned by
+    # each of the iterations 9 to 28, which pays for one update.
+    assert int(together.clock.updates) == 20
+    others = []
+    for index in range(4):
+        own = train.build(dataclasses.replace(config, seed=index), iterations=7)
+        begin = calm(own.init())
+        before = jax.device_get(begin.agent.params)
+        alone, alone_metrics = run(single[1], begin, 4)
+        one = jax.tree.map(lambda x, i=index: x[i], together._replace(clock=None))
+        chex.assert_trees_all_close(one.agent.params, alone.agent.params, atol=1e-4, rtol=0)
+        chex.assert_trees_all_equal(one.row, alone.row)
+        chex.assert_trees_all_equal(together.clock, alone.clock)
+        for name, value in alone_metrics.items():
+            np.testing.assert_allclose(metrics[name][index], value, rtol=1e-3, atol=1e-4)
+        moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), before, alone.agent.params)
+        assert np.median(jax.tree.leaves(moved)) > 5e-3
+        others.append(alone.agent.params["model"]["core"]["in_deter"]["kernel"])
+    assert min(np.abs(others[0] - x).max() for x in others[1:]) > 0.1
+
+
+def test_a_program_is_traced_once(config, monkeypatch):
+    traces = []
+    act = train._act
+    monkeypatch.setattr(train, "_act", lambda *args: traces.append(0) or act(*args))
+    program = still(config, monkeypatch, iterations=7)
+    state, _ = run(program.chunk, program.init(), 1)
+    once = len(traces)
+    run(program.chunk, state, 3)
+    assert len(traces) == once
+    assert program.chunk._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", ["single", "quad"])
+def test_the_replay_is_never_copied(request, name):
+    program, compiled = request.getfixturevalue(name)
+    memory = compiled.memory_analysis()
+    size = program.replay.nbytes * program.seeds
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size / 2
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < size / 2
+
+
+def test_a_chunk_stays_on_the_device(single):
+    program, compiled = single
+    state = jax.block_until_ready(program.init())
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(run(compiled, state, 2))
+    text = compiled.as_text()
+    assert "fusion" in text
+    for word in ("callback", "infeed", "outfeed", "send(", "recv("):
+        assert word not in text
+
+
+def clerk(config, obs_space, action_space) -> Agent:
+    """An agent without networks: it counts updates, and the rows of each episode.
+
+    Its action is odd on odd rows, its latent is the number of the row.
+    """
+
+    def act(params, carry, row, key):
+        count = jnp.where(row.is_first[:, None], 0.0, carry.deter + 1)
+        return Latent(count, carry.stoch), (count[:, 0] % 2).astype(jnp.int32)
+
+    def initial(batch):
+        return Latent(jnp.zeros((batch, 1)), jnp.zeros((batch, 1, 2)))
+
+    def update(state, carry, steps, key):
+        # Rows of a window carry on counting from its context, through the ends of episodes.
+        after = carry.deter[None] + 1 + jnp.arange(len(steps.reward))[:, None, None]
+        latents = Latent(after % 5, jnp.zeros((*steps.reward.shape, 1, 2)))
+        made = state.params + 1
+        return state._replace(params=made), latents, {"made": made}
+
+    def init(key):
+        return AgentState(*(jnp.zeros(()) for _ in range(4)))
+
+    return Agent(None, None, init, initial, act, None, None, update)
+
+
+def still(config, monkeypatch, iterations):
+    """A program whose agent is the clerk: it compiles in no time."""
+    monkeypatch.setattr(train, "make_agent", clerk)
+    return train.build(config, iterations=iterations)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "updates"),
+    [
+        # 4 environments, updates of 2 x 6 = 12 rows; rows 9 to 40 are trained from: 32
+        # iterations earn 32 x 4 x ratio rows.
+        (0.375, 4),  # 48 / 12
+        (1.5, 16),  # 192 / 12
+        (64.0, 682),  # 8192 / 12 = 682.67
+        (1024.0, 10922),  # 131072 / 12 = 10922.67
+    ],
+)
+def test_the_train_ratio_is_kept_exactly(config, monkeypatch, ratio, updates):
+    memory = dataclasses.replace(config.replay, train_ratio=ratio, capacity=400)
+    program = still(dataclasses.replace(config, replay=memory), monkeypatch, iterations=8)
+    state = program.init()
+    made = []
+    for chunk in range(1, 6):
+        state, metrics = program.chunk(state)
+        made.append(int(state.clock.updates))
+        assert made[-1] == max(0, chunk * 8 - 8) * 4 * ratio // 12
+        assert float(state.agent.params) == made[-1]
+    assert made[-1] == updates and int(state.clock.iteration) == 40
+    # Metrics are means over the updates of the chunk: the numbers of the first to the last.
+    np.testing.assert_allclose(metrics["made"], (made[-2] + 1 + made[-1]) / 2, rtol=1e-4)
+
+
+def test_a_chunk_without_updates_has_nothing_to_report(config, monkeypatch):
+    program = still(config, monkeypatch, iterations=3)
+    _, metrics = program.chunk(program.init())
+    assert np.isnan(metrics["made"]) and np.isnan(metrics["episode/return"])
+    assert metrics["episode/count"] == 0
+
+
+def test_episodes_are_counted_as_by_hand(config, monkeypatch):
+    # Reward 1 per step, cut after 5: rows 0..5 are an episode, 6..11 the next one.
+    config = dataclasses.replace(config, env="toy/Prediction", time_limit=5)
+    program = still(config, monkeypatch, iterations=20)
+    state, metrics = program.chunk(program.init())
+    # Iteration i reaches row i + 1: the ends in rows 1..20 are 5, 11 and 17, in 4 environments.
+    assert metrics["episode/count"] == 12
+    assert metrics["episode/return"] == 5 and metrics["episode/length"] == 5
+    # The episode of rows 18..23 began in the chunk before: 23, 29, 35.
+    state, metrics = program.chunk(state)
+    assert metrics["episode/count"] == 12
+    assert metrics["episode/return"] == 5 and metrics["episode/length"] == 5
+
+
+def test_repeated_actions_make_shorter_episodes(config, monkeypatch):
+    # 8 steps of reward 1, three at a time: 3 + 3 + 2, and rows 0..3 are an episode.
+    config = dataclasses.replace(config, env="toy/Prediction", action_repeat=3)
+    _, metrics = (program := still(config, monkeypatch, iterations=12)).chunk(program.init())
+    assert metrics["episode/count"] == 12  # rows 3, 7 and 11 of 4 environments
+    assert metrics["episode/return"] == 8 and metrics["episode/length"] == 3
+
+
+def test_rows_lie_in_the_replay_by_the_time_table(config, monkeypatch):
+    program = still(config, monkeypatch, iterations=12)
+    state, _ = program.chunk(program.init())
+    number = np.arange(12) % 5  # episodes of toy/Memory have 5 rows
+    stored = jax.tree.map(lambda x: np.asarray(x[:, :12]), state.buffer)
+    np.testing.assert_array_equal(stored.rows.is_first, np.broadcast_to(number == 0, (4, 12)))
+    np.testing.assert_array_equal(stored.rows.is_last, np.broadcast_to(number == 4, (4, 12)))
+    # Each row holds the action that led to it and what the agent knew on seeing it.
+    led = np.where(number == 0, 0, (number - 1) % 2)
+    np.testing.assert_array_equal(stored.rows.action, np.broadcast_to(led, (4, 12)))
+    np.testing.assert_array_equal(stored.deter[..., 0], np.broadcast_to(number, (4, 12)))
+    cue = stored.rows.obs["cue"]
+    np.testing.assert_array_equal(cue[:, 1:5], np.broadcast_to([0, 0, 3, 0], (4, 4)))
+    # Row 12 is the one to act on next, and is not stored yet.
+    assert not state.row.is_first.any() and int(state.clock.cursor.written) == 12
+    assert not np.asarray(state.buffer.deter[:, 12:]).any()
+
+
+def test_an_environment_by_another_name_is_told():
+    with pytest.raises(ValueError, match="Did you mean Memory"):
+        train.make_env(RunConfig(env="toy/Memori"))
+    assert train.make_env(RunConfig(env="toy/Memory")).name == envs.make("toy/Memory").name
