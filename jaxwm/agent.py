@@ -199,7 +199,8 @@ def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpa
         )
         losses |= behavior_losses
         means = {name: term.mean() for name, term in losses.items()}
-        total = sum(config.weights.of(name) * mean for name, mean in means.items())
+        weighted = [config.weights.of(name) * mean for name, mean in means.items()]
+        total = jnp.sum(jnp.stack(weighted))
         metrics |= behavior_metrics | {f"loss/{name}": mean for name, mean in means.items()}
         return total, Report(latents, state, losses, metrics | {"loss/total": total})
 
@@ -211,7 +212,7 @@ def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpa
             state.params, state.slow.params, state.behavior, carry, steps, draws
         )
         updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = apply_updates(state.params, updates)
+        params: Any = apply_updates(state.params, updates)
         slow_value = slow.update(state.slow, {"value": params["behavior"]["value"]})
         metrics = report.metrics | {"grad_norm": global_norm(grads)}
         return AgentState(params, slow_value, opt, report.behavior), report.latents, metrics

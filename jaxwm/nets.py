@@ -285,7 +285,7 @@ def _over(vector: Array, like: Array, axis: int = -1) -> Array:
     return vector.reshape(shape)
 
 
-def call(module: nn.Module, method: str = "__call__") -> Callable[..., Array]:
+def call(module: nn.Module, method: str = "__call__") -> Callable[..., Any]:
     """`(params, *args) -> output` of one method of a module."""
     bound = functools.partial(module.apply, method=method)
     return lambda params, *args: bound({"params": params}, *args)

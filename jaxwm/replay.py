@@ -125,13 +125,13 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
     classes = latent.stoch.shape[-1]
     index_dtype = jnp.uint8 if classes <= 256 else jnp.int32
 
-    def empty(x: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, capacity, *x.shape[1:]), dtype or x.dtype)
+    def empty(x: Any) -> Any:
+        return jax.ShapeDtypeStruct((count, capacity, *x.shape[1:]), x.dtype)
 
     shapes = Buffer(
         jax.tree.map(empty, row),
         empty(latent.deter),
-        jax.ShapeDtypeStruct((count, capacity, latent.stoch.shape[1]), index_dtype),
+        empty(jax.ShapeDtypeStruct(latent.stoch.shape[:2], index_dtype)),
     )
     nbytes = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(shapes))
 
@@ -139,9 +139,7 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
         zero = jnp.zeros((), jnp.int32)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), Cursor(zero, zero)
 
-    def add(
-        buffer: Buffer, cursor: Cursor, rows: Step, latents: Latent
-    ) -> tuple[Buffer, Cursor]:
+    def add(buffer: Buffer, cursor: Cursor, rows: Step, latents: Latent) -> tuple[Buffer, Cursor]:
         new = Buffer(rows, latents.deter, jnp.argmax(latents.stoch, -1).astype(index_dtype))
         place = cursor.written % capacity
 

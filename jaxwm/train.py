@@ -18,7 +18,7 @@ from jaxwm.agent import Agent, AgentState, make_agent
 from jaxwm.envs import check, wrappers
 from jaxwm.recipes import RunConfig
 from jaxwm.replay import Buffer, Cursor, Replay, check_fits, replay
-from jaxwm.types import Array, Env, Int, JaxwmError, Key, Latent, Metrics, Step, zeros
+from jaxwm.types import Array, Env, Int, Key, Latent, Metrics, Step, zeros
 
 # The account of the train ratio is kept in this fraction of a row.
 RATIO_UNIT = 1024
@@ -93,9 +93,7 @@ def make_env(config: RunConfig) -> Env:
     return env
 
 
-def build(
-    config: RunConfig, iterations: int | None = None, single: Env | None = None
-) -> Program:
+def build(config: RunConfig, iterations: int | None = None, single: Env | None = None) -> Program:
     """The compiled program of a run; nothing is allocated or compiled before it is called.
 
     Args:
@@ -161,7 +159,7 @@ def build(
             count,
             1,
         )
-    axes = TrainState(*(None if name == "clock" else 0 for name in TrainState._fields))
+    axes: Any = TrainState._make(None if name == "clock" else 0 for name in TrainState._fields)
     init_seeds = jax.vmap(init, out_axes=axes)
     chunk_seeds = jax.vmap(chunk, in_axes=(axes,), out_axes=(axes, 0))
     return Program(
@@ -232,9 +230,7 @@ def _one_update(state: TrainState, agent: Agent, memory: Replay) -> tuple[TrainS
     key = jax.random.fold_in(state.key, 2 * clock.updates + 1)
     key_sample, key_update = jax.random.split(key)
     window, cursor = memory.sample(state.buffer, clock.cursor, key_sample)
-    learned, latents, metrics = agent.update(
-        state.agent, window.context, window.steps, key_update
-    )
+    learned, latents, metrics = agent.update(state.agent, window.context, window.steps, key_update)
     state = state._replace(
         agent=learned,
         buffer=memory.write_back(state.buffer, window, latents),

@@ -269,9 +269,7 @@ def recompute(case: Case) -> dict[str, np.ndarray]:
             put(f"pol/{key}/mean", dist.mean())
             put(f"pol/{key}/std", dist.stddev())
 
-    total, report = jax.jit(agent.loss)(
-        params, case.slow, case.state, case.carry, steps, trained
-    )
+    total, report = jax.jit(agent.loss)(params, case.slow, case.state, case.carry, steps, trained)
     names = {"replay_value": "repval", "reward": "rew", "continue": "con"}
     for name, value in report.losses.items():
         ours = names.get(name, name.removeprefix("rec/"))
@@ -454,9 +452,7 @@ def check_context(arrays: Mapping[str, np.ndarray]) -> None:
     )
     taken = part("in/action")
     led = jnp.concatenate([jnp.zeros_like(taken[:, :1]), taken[:, :-1]], 1)
-    rows = Step(
-        led, {k: part(f"in/{k}") for k in keys}, *(part(f"in/{k}") for k in FLAGS)
-    )
+    rows = Step(led, {k: part(f"in/{k}") for k in keys}, *(part(f"in/{k}") for k in FLAGS))
     stoch = part("in/dyn/stoch")
     buffer = Buffer(rows, part("in/dyn/deter"), stoch.argmax(-1).astype(jnp.uint8))
     count, length = taken.shape[0], taken.shape[1] - 1

@@ -73,9 +73,7 @@ def recomputed(model_file: Path) -> tuple[dict[str, np.ndarray], dict[str, np.nd
 @functools.cache
 def _recompute(path: Path) -> dict[str, np.ndarray]:
     case = parity_model.Case(load(path))
-    return (
-        parity_model.recompute(case) | parity_model.gradients(case) | parity_model.acting(case)
-    )
+    return parity_model.recompute(case) | parity_model.gradients(case) | parity_model.acting(case)
 
 
 @pytest.mark.parametrize("group", GROUPS)

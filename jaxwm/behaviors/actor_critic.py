@@ -246,7 +246,7 @@ def actor_critic(
 
         plan = policy(params, feat[:-1])
         log_prob = sum(plan[k].log_prob(action) for k, action in as_dict(actions).items())
-        entropy = sum(dist.entropy() for dist in plan.values())
+        entropy: Any = sum(dist.entropy() for dist in plan.values())
         score = log_prob * dream.advantage + config.entropy * entropy
         policy_loss = -(dream.weight * score).mean(0)
 

@@ -21,7 +21,6 @@ from jaxwm.types import ActionSpace, Box, Discrete, Env, ObsSpace, first, neares
 SIZE = 8  # cells per side of the pixel grids
 CELL = 8  # pixels per side of a cell
 CLOCK = Box((1,), "float32", 0.0, 1.0)
-IMAGE = Box((SIZE * CELL, SIZE * CELL, 3), "uint8", 0.0, 255.0)
 
 REWARDS: dict[str, tuple[float, ...]] = {
     "toy/Prediction": (1.0,) * 8,
@@ -58,6 +57,10 @@ class ToyState(NamedTuple):
 
     inner: PyTree
     elapsed: Int[Array, ""]
+
+
+def _image(cell: int) -> Box:
+    return Box((SIZE * cell, SIZE * cell, 3), "uint8", 0.0, 255.0)
 
 
 def _toy(
@@ -238,11 +241,14 @@ def reach() -> Env:
     )
 
 
-def pixels() -> Env:
+def pixels(cell: int = CELL) -> Env:
     """Can it see? A ball falls for 7 steps in a 64x64 picture; +1 for catching it, else -1.
 
     Actions: left, stay, right, one cell of 8 pixels each. Optimum: 1. The paddle starts in
     column 4 of 0..7 and has 7 moves, more than the 4 that the farthest column needs.
+
+    Args:
+      cell: pixels per side of a cell; the picture has 8 cells a side.
     """
 
     def start(key):
@@ -257,24 +263,24 @@ def pixels() -> Env:
     return _toy(
         "toy/Pixels",
         SIZE - 1,
-        {"image": IMAGE},
+        {"image": _image(cell)},
         Discrete(3),
         start,
         move,
-        show=lambda inner, elapsed: {"image": _catch(elapsed, *inner)},
+        show=lambda inner, elapsed: {"image": _catch(elapsed, inner[0], inner[1], cell)},
     )
 
 
 def _catch(
-    row: Int[Array, ""], ball: Int[Array, ""], paddle: Int[Array, ""]
-) -> UInt8[Array, "64 64 3"]:
+    row: Int[Array, ""], ball: Int[Array, ""], paddle: Int[Array, ""], size: int
+) -> UInt8[Array, "h w 3"]:
     """The picture of a ball with a fading trail, above a paddle, under an evening sky."""
-    y, x = np.mgrid[: SIZE * CELL, : SIZE * CELL].astype(np.float32)
-    sky = y[..., None] / (SIZE * CELL) * np.array([70, 30, 60]) + np.array([15, 18, 50])
-    middle = (CELL - 1) / 2
+    y, x = np.mgrid[: SIZE * size, : SIZE * size].astype(np.float32)
+    sky = y[..., None] / (SIZE * size) * np.array([70, 30, 60]) + np.array([15, 18, 50])
+    middle = (size - 1) / 2
 
     def disc(cell, radius):
-        distance = jnp.hypot(y - (cell * CELL + middle), x - (ball * CELL + middle))
+        distance = jnp.hypot(y - (cell * size + middle), x - (ball * size + middle))
         return jnp.clip(radius + 0.5 - distance, 0.0, 1.0)
 
     def paint(image, cover, color):
@@ -282,10 +288,12 @@ def _catch(
 
     image = jnp.asarray(sky, jnp.float32)
     for back, strength in ((2, 0.2), (1, 0.45)):
-        image = paint(image, strength * disc(row - back, 3.5 - back), [255, 150, 60])
-    board = (y >= (SIZE - 1) * CELL + 4) & (jnp.abs(x - (paddle * CELL + middle)) < CELL / 2)
+        image = paint(image, strength * disc(row - back, middle - back * size / 8), [255, 150, 60])
+    board = (y >= (SIZE - 1) * size + size // 2) & (
+        jnp.abs(x - (paddle * size + middle)) < size / 2
+    )
     image = paint(image, board.astype(jnp.float32), [90, 220, 250])
-    return paint(image, disc(row, 3.5), [255, 215, 120]).astype(jnp.uint8)
+    return paint(image, disc(row, middle), [255, 215, 120]).astype(jnp.uint8)
 
 
 def dials() -> Env:
@@ -317,12 +325,15 @@ def dials() -> Env:
     return _toy("toy/Dials", 3, dict(space), space, draw, move, lambda target, elapsed: target)
 
 
-def mixed() -> Env:
+def mixed(cell: int = CELL) -> Env:
     """Can it combine senses? A class says whether the picture or the vector tells the truth.
 
     "trust" 0 means the picture, whose bright half (left 0, right 1) is the bit to name; 1 means
     the vector, whose sign (negative 0, positive 1) is. Naming it earns 1, for 4 steps. Optimum:
     4. Without one of the three the best policy earns 3/4 per step.
+
+    Args:
+      cell: pixels per side of a cell; the picture has 8 cells a side.
     """
 
     def draw(key):
@@ -330,10 +341,10 @@ def mixed() -> Env:
         return {"trust": bits[0], "picture": bits[1], "vector": bits[2]}
 
     def show(inner, elapsed):
-        side = jnp.arange(SIZE * CELL) * 2 // (SIZE * CELL) == inner["picture"]
+        side = jnp.arange(SIZE * cell) * 2 // (SIZE * cell) == inner["picture"]
         image = jnp.where(side, 220, 30).astype(jnp.uint8)
         return {
-            "image": jnp.broadcast_to(image[None, :, None], IMAGE.shape),
+            "image": jnp.broadcast_to(image[None, :, None], _image(cell).shape),
             "trust": inner["trust"],
             "vector": (2.0 * inner["vector"] - 1.0) * jnp.ones(2),
         }
@@ -342,7 +353,11 @@ def mixed() -> Env:
         truth = jnp.where(inner["trust"] == 0, inner["picture"], inner["vector"])
         return draw(key), action == truth
 
-    obs_space = {"image": IMAGE, "trust": Discrete(2), "vector": Box((2,), "float32", -1.0, 1.0)}
+    obs_space = {
+        "image": _image(cell),
+        "trust": Discrete(2),
+        "vector": Box((2,), "float32", -1.0, 1.0),
+    }
     return _toy("toy/Mixed", 4, obs_space, Discrete(2), draw, move, show)
 
 

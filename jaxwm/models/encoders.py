@@ -118,7 +118,7 @@ def split_spaces(spaces: Mapping[str, Space]) -> tuple[dict[str, Space], dict[st
     return vectors, images
 
 
-def image_stages(size: tuple[int, int], config: CodecConfig) -> list[int]:
+def image_stages(size: tuple[int, ...], config: CodecConfig) -> list[int]:
     """Channels of each halving of an image, as many as bring its sides to 3..16.
 
     Args:

@@ -186,9 +186,7 @@ def world_model(
             vector = jnp.where(is_first[..., None], 0.0, vector)
         return action_input(params["core"], vector)
 
-    def observe(
-        params: Params, carry: Latent, steps: Step, noise: Array
-    ) -> tuple[Latent, Array]:
+    def observe(params: Params, carry: Latent, steps: Step, noise: Array) -> tuple[Latent, Array]:
         lead = steps.is_first.shape
         flat_obs = {k: steps.obs[k].reshape(-1, *s.shape) for k, s in obs_space.items()}
         tokens = encode(params["encoder"], flat_obs)
@@ -284,4 +282,3 @@ def _swap(latent: Latent) -> Latent:
 
 def _flat(stoch: Array) -> Array:
     return stoch.reshape(*stoch.shape[:-2], -1)
-

@@ -19,12 +19,12 @@ import dataclasses
 
 from jaxwm.agent import AgentConfig
 from jaxwm.behaviors.actor_critic import ActorCriticConfig
+from jaxwm.config import require
 from jaxwm.models.encoders import CodecConfig
 from jaxwm.models.gru import BlockGRUConfig
 from jaxwm.models.latents import LatentConfig
 from jaxwm.models.world_model import WorldModelConfig
 from jaxwm.optim import OptimConfig
-from jaxwm.config import require
 from jaxwm.recipes import RunConfig
 from jaxwm.replay import ReplayConfig
 from jaxwm.types import nearest

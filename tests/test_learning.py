@@ -1,0 +1,92 @@
+"""Every toy environment is solved to its known optimum, from scratch, by the whole program."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxwm import envs, train
+from jaxwm.agent import AgentConfig
+from jaxwm.behaviors.actor_critic import ActorCriticConfig
+from jaxwm.envs.toy import OPTIMUM, optimal_value
+from jaxwm.evaluate.rollout import evaluate
+from jaxwm.models.encoders import CodecConfig
+from jaxwm.models.gru import BlockGRUConfig
+from jaxwm.models.latents import LatentConfig
+from jaxwm.models.world_model import WorldModelConfig
+from jaxwm.optim import OptimConfig
+from jaxwm.recipes import RunConfig
+from jaxwm.replay import ReplayConfig
+
+HORIZON = 20
+# Expected return of the uniformly random policy where it is not far below the optimum.
+RANDOM = {"Observe": 2.0, "Memory": 0.0, "Credit": 0.0, "Reach": -6.0, "Pixels": -0.75}
+RANDOM |= {"Dials": 1.4, "Mixed": 2.0}
+
+
+def config(name: str, updates: int) -> RunConfig:
+    """A few thousand parameters and milliseconds per update; the recipe's numbers otherwise."""
+    model = WorldModelConfig(
+        BlockGRUConfig(deter=32, hidden=32, blocks=4),
+        LatentConfig(stoch=4, classes=4),
+        CodecConfig(units=32, layers=1, depth=4, blocks=4),
+        units=32,
+        bins=41,
+        horizon=HORIZON,
+    )
+    behavior = ActorCriticConfig(units=32, layers=1, bins=41, imagine=8, horizon=HORIZON)
+    agent = AgentConfig(model, behavior, optim=OptimConfig(2e-3, warmup_steps=50))
+    # Small observations count little against the KL of a latent: let them count more.
+    agent = dataclasses.replace(agent, weights=dataclasses.replace(agent.weights, rec=5.0))
+    replay = ReplayConfig(capacity=20_000, batch_size=8, batch_length=16, train_ratio=32)
+    return RunConfig(
+        f"toy/{name}", size="custom", agent=agent, envs=8, replay=replay, steps=4 * updates
+    )
+
+
+def learn(name: str, updates: int, **options: int) -> tuple[train.Program, train.TrainState]:
+    run = config(name, updates)
+    env = envs.make(run.env, **options)
+    program = train.build(run, iterations=updates // 8, single=env)
+    state = program.init()
+    while int(state.clock.updates) < updates:
+        state, _ = program.chunk(state)
+    return program, state
+
+
+@pytest.mark.parametrize(
+    ("name", "updates", "options"),
+    [
+        ("Observe", 400, {}),
+        ("Memory", 800, {}),
+        ("Credit", 800, {}),
+        ("Reach", 800, {}),
+        ("Dials", 800, {}),
+        ("Mixed", 600, {"cell": 2}),
+        ("Pixels", 1200, {"cell": 2}),
+    ],
+)
+def test_reaches_the_optimum(name, updates, options):
+    program, state = learn(name, updates, **options)
+    env = envs.make(f"toy/{name}", **options)
+    returns = evaluate(program.agent, state.agent.params, env, 64, jax.random.key(1))
+    optimum = OPTIMUM[f"toy/{name}"]
+    assert float(returns.mean()) >= optimum - 0.1 * (optimum - RANDOM[name])
+
+
+@pytest.mark.parametrize(("name", "updates"), [("Prediction", 600), ("Discount", 600)])
+def test_values_are_the_discounted_sums(name, updates):
+    program, state = learn(name, updates)
+    agent, params = program.agent, state.agent.params
+    from jaxwm.evaluate.rollout import collect
+
+    env = envs.make(f"toy/{name}")
+    length = 8 if name == "Prediction" else 5
+    steps = collect(agent, params, env, length, jax.random.key(1))
+    noise = agent.model.noise(jax.random.key(2), (length, 1))
+    latents, _ = agent.model.observe(params["model"], agent.initial(1), steps, noise)
+    values = agent.behavior.value(params["behavior"], agent.model.features(latents)).mean()
+    discount = 1 - 1 / HORIZON
+    wanted = [optimal_value(f"toy/{name}", elapsed, discount) for elapsed in range(length)]
+    np.testing.assert_allclose(np.asarray(values)[:, 0], wanted, rtol=0.1, atol=0.1)

@@ -1,0 +1,227 @@
+"""The replay against a list of all rows ever added."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxwm.replay import ReplayConfig, check_fits, close_abandoned, replay
+from jaxwm.types import JaxwmError, Latent, Step
+
+N, D, S, K = 3, 4, 2, 5
+CAPACITY, LENGTH, BATCH = 20, 4, 6
+
+
+def rows(time):
+    """Row `time` of all environments: every number says where it belongs."""
+    tag = jnp.arange(N) * 1000 + time
+    flags = jnp.zeros(N, bool)
+    image = jnp.broadcast_to((tag % 251).astype(jnp.uint8)[:, None, None, None], (N, 2, 2, 3))
+    obs = {"tag": tag, "image": image}
+    step = Step(tag % 7, obs, tag.astype(jnp.float32), flags.at[:].set(time % 5 == 0), flags, flags)
+    stoch = jax.nn.one_hot((tag[:, None] + jnp.arange(S)[None]) % K, K)
+    return step, Latent(jnp.broadcast_to(tag[:, None].astype(jnp.float32), (N, D)), stoch)
+
+
+@functools.cache
+def make(online, capacity=CAPACITY, batch=BATCH):
+    """A replay and its functions, compiled."""
+    config = ReplayConfig(capacity * N, batch, LENGTH, online=online)
+    memory = replay(config, *jax.eval_shape(lambda: rows(0)))
+
+    @jax.jit
+    def fill(buffer, cursor, start, stop):
+        return jax.lax.fori_loop(
+            start, stop, lambda t, c: memory.add(*c, *rows(t)), (buffer, cursor)
+        )
+
+    return memory._replace(sample=jax.jit(memory.sample)), fill
+
+
+def filled(count, online=False, **sizes):
+    memory, fill = make(online, **sizes)
+    return memory, *fill(*memory.init(), 0, count)
+
+
+def times(window):
+    """When the rows (T, B) of a window were added, and by which environment."""
+    tag = np.asarray(window.steps.obs["tag"])
+    return tag % 1000, tag // 1000
+
+
+@pytest.mark.parametrize("count", [1, 7, 20, 21, 53])
+def test_the_ring_holds_the_last_rows(count):
+    _memory, buffer, cursor = filled(count)
+    assert int(cursor.written) == count
+    for time in range(max(0, count - CAPACITY), count):
+        step, latent = rows(time)
+        kept = jax.tree.map(lambda x, at=time % CAPACITY: x[:, at], buffer)
+        jax.tree.map(np.testing.assert_array_equal, kept.rows, step)
+        np.testing.assert_array_equal(kept.deter, latent.deter)
+        np.testing.assert_array_equal(kept.stoch, latent.stoch.argmax(-1))
+    unused = np.asarray(buffer.rows.obs["tag"][:, count:])
+    assert not unused.any()
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("count", [5, 9, 20, 21, 33, 40])
+def test_windows_are_consecutive_rows_that_are_still_there(count, online):
+    memory, buffer, cursor = filled(count, online)
+    for seed in range(8):
+        window, cursor = memory.sample(buffer, cursor, jax.random.key(seed))
+        time, env = times(window)
+        assert time.shape == (LENGTH, BATCH)
+        np.testing.assert_array_equal(time, time[:1] + np.arange(LENGTH)[:, None])
+        np.testing.assert_array_equal(env, np.broadcast_to(window.env, env.shape))
+        np.testing.assert_array_equal(window.index, time % CAPACITY)
+        # The context is the row before; a window never straddles the write cursor.
+        assert time[0].min() - 1 >= max(0, count - CAPACITY) and time[-1].max() < count
+        tag = env[0] * 1000 + time[0] - 1
+        np.testing.assert_array_equal(
+            window.context.deter, np.broadcast_to(tag[:, None], (BATCH, D))
+        )
+        classes = (tag[:, None] + np.arange(S)) % K
+        np.testing.assert_array_equal(window.context.stoch, np.eye(K)[classes])
+        np.testing.assert_array_equal(window.steps.reward, window.steps.obs["tag"])
+        np.testing.assert_array_equal(
+            window.steps.obs["image"][..., 0, 0, 0], np.asarray(window.steps.obs["tag"]) % 251
+        )
+
+
+def test_uniform_windows_begin_everywhere_equally_often():
+    memory, buffer, cursor = filled(33)
+    draw = jax.jit(jax.vmap(lambda key: memory.sample(buffer, cursor, key)[0].steps.obs["tag"][0]))
+    tag = np.asarray(draw(jax.random.split(jax.random.key(0), 800))).ravel()
+    # 20 rows are there, and a window takes 5: starts 13..28, first trained rows 14..29.
+    expected = {env * 1000 + time for env in range(N) for time in range(14, 30)}
+    found, counts = np.unique(tag, return_counts=True)
+    assert set(found) == expected
+    mean = tag.size / len(expected)  # 4800 / 48 = 100
+    # 47 degrees of freedom: beyond 87 once in 3000.
+    assert (np.square(counts - mean) / mean).sum() < 87
+
+
+def test_queued_windows_come_once_and_in_order_then_uniform_ones():
+    memory, fill = make(True)
+    buffer, cursor = fill(*memory.init(), 0, 13)
+    # 13 rows of 3 environments hold two windows of 5 rows each, 6 in all: one batch.
+    window, cursor = memory.sample(buffer, cursor, jax.random.key(0))
+    time, env = times(window)
+    np.testing.assert_array_equal(time[0] - 1, [0, 0, 0, 5, 5, 5])
+    np.testing.assert_array_equal(env[0], [0, 1, 2, 0, 1, 2])
+    assert int(cursor.online) == 6
+    # The queue is empty: uniform windows, and the queue stays where it is.
+    starts = []
+    for seed in range(10):
+        window, cursor = memory.sample(buffer, cursor, jax.random.key(seed))
+        starts += list(times(window)[0][0] - 1)
+    assert int(cursor.online) == 6 and set(starts) == set(range(9))
+    # Two more rows complete the third windows; three places of the batch are left.
+    buffer, cursor = fill(buffer, cursor, 13, 15)
+    window, cursor = memory.sample(buffer, cursor, jax.random.key(99))
+    time, env = times(window)
+    np.testing.assert_array_equal(time[0, :3] - 1, [10, 10, 10])
+    np.testing.assert_array_equal(env[0, :3], [0, 1, 2])
+    assert int(cursor.online) == 9
+
+
+def test_every_queued_window_is_trained_on_once():
+    memory, fill = make(True, batch=2)
+    buffer, cursor = memory.init()
+    seen = []
+    for time in range(0, 60, 2):
+        buffer, cursor = fill(buffer, cursor, time, time + 2)
+        if int(cursor.written) < LENGTH + 2:
+            continue
+        before = int(cursor.online)
+        window, cursor = memory.sample(buffer, cursor, jax.random.key(time))
+        time_, env = times(window)
+        seen += [(int(t) - 1, int(e)) for t, e in zip(time_[0], env[0], strict=False)][
+            : int(cursor.online) - before
+        ]
+    assert seen == [(5 * i, env) for i in range(12) for env in range(N)][: len(seen)]
+    assert len(seen) >= 33
+
+
+def test_windows_overwritten_while_they_waited_are_skipped():
+    memory, fill = make(True)
+    buffer, cursor = fill(*memory.init(), 0, 33)
+    # Rows 13..32 are left. The window of rows 10..14 is gone, the first whole one is 15..19.
+    window, cursor = memory.sample(buffer, cursor, jax.random.key(0))
+    np.testing.assert_array_equal(times(window)[0][0] - 1, [15, 15, 15, 20, 20, 20])
+    # Windows 0..8 were skipped, 9..14 taken; 15..17 wait.
+    assert int(cursor.online) == 15
+    window, cursor = memory.sample(buffer, cursor, jax.random.key(1))
+    np.testing.assert_array_equal((times(window)[0][0] - 1)[:3], [25, 25, 25])
+    assert int(cursor.online) == 18
+
+
+def test_fresh_latents_go_to_the_rows_they_belong_to():
+    memory, buffer, cursor = filled(33)
+    window, cursor = memory.sample(buffer, cursor, jax.random.key(0))
+    fresh = Latent(
+        -jnp.broadcast_to(window.steps.reward[..., None], (LENGTH, BATCH, D)),
+        jax.nn.one_hot(jnp.full((LENGTH, BATCH, S), 3), K),
+    )
+    after = jax.jit(memory.write_back)(buffer, window, fresh)
+    time, env = times(window)
+    touched = set(zip(env.ravel().tolist(), (time % CAPACITY).ravel().tolist(), strict=True))
+    for env_ in range(N):
+        for place in range(CAPACITY):
+            old, new = buffer.deter[env_, place], after.deter[env_, place]
+            if (env_, place) in touched:
+                np.testing.assert_array_equal(new, -old)
+                np.testing.assert_array_equal(after.stoch[env_, place], [3, 3])
+            else:
+                np.testing.assert_array_equal(new, old)
+                np.testing.assert_array_equal(after.stoch[env_, place], buffer.stoch[env_, place])
+    jax.tree.map(np.testing.assert_array_equal, after.rows, buffer.rows)
+
+
+def test_rows_are_stored_compactly_and_counted():
+    step, latent = rows(0)
+    latent = Latent(latent.deter.astype(jnp.bfloat16), latent.stoch.astype(jnp.bfloat16))
+    memory = replay(ReplayConfig(60, 2, 4), step, latent)
+    buffer, _ = memory.init()
+    assert buffer.rows.obs["image"].dtype == jnp.uint8 and buffer.stoch.dtype == jnp.uint8
+    assert buffer.deter.dtype == jnp.bfloat16 and buffer.stoch.shape == (N, 20, S)
+    assert memory.nbytes == sum(x.nbytes for x in jax.tree.leaves(buffer))
+    # Per row: action 4, tag 4, image 12, reward 4, three flags, deter 4 x 2, stoch 2 x 1.
+    assert memory.nbytes == 60 * (4 + 4 + 12 + 4 + 3 + 8 + 2)
+    # 257 classes do not fit into a byte.
+    wide = Latent(latent.deter, jnp.zeros((N, S, 257)))
+    assert replay(ReplayConfig(60, 2, 4), step, wide).init()[0].stoch.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+    ("capacity", "batch", "first_ready"),
+    [
+        (CAPACITY, 1, 6),  # 4 rows of a batch, 2 windows for each of 3 environments: 4 + 2 rows
+        (CAPACITY, 6, 12),  # 24 rows, 8 windows each
+        (CAPACITY, 60, 20),  # 240 rows, but there are never more than 16 windows each
+    ],
+)
+def test_training_waits_for_as_many_windows_as_a_batch_has_rows(capacity, batch, first_ready):
+    memory, _fill = make(True, capacity=capacity, batch=batch)
+    for count in range(30):
+        cursor = memory.init()[1]._replace(written=jnp.asarray(count))
+        assert bool(memory.ready(cursor)) == (count >= first_ready)
+
+
+def test_abandoned_episodes_are_closed():
+    is_first = jnp.array([[True], [False], [True], [False]])
+    is_last = jnp.array([[False], [False], [False], [False]])
+    steps = Step(jnp.zeros((4, 1)), {}, jnp.zeros((4, 1)), is_first, is_last, is_last)
+    closed = close_abandoned(steps)
+    assert closed.is_last[:, 0].tolist() == [False, True, False, False]
+    assert not closed.is_terminal.any()
+
+
+def test_what_cannot_be_held_is_told():
+    with pytest.raises(JaxwmError, match=r"gives each of 3 environments 4, fewer than the 5 rows"):
+        replay(ReplayConfig(14, 2, 4), *rows(0))
+    with pytest.raises(JaxwmError, match=r"The dream needs 1048576.0 GiB and the device \("):
+        check_fits(2**50, "The dream")
+    check_fits(2**20)
