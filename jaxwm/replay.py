@@ -15,6 +15,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +48,11 @@ class ReplayConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise JaxwmError(f"The replay's {name} is {value}; it must be positive.")
+
+    def updates_per_iteration(self, envs: int) -> Fraction:
+        """Updates that one step of each of `envs` environments earns, as an exact fraction."""
+        ratio = Fraction(self.train_ratio).limit_denominator(1000)
+        return envs * ratio / (self.batch_size * self.batch_length)
 
     def rows_per_env(self, envs: int) -> int:
         """Capacity of each of `envs` rings.

@@ -20,16 +20,13 @@ from jaxwm.recipes import RunConfig
 from jaxwm.replay import Buffer, Cursor, Replay, check_fits, replay
 from jaxwm.types import Array, Env, Int, Key, Latent, Metrics, Step, zeros
 
-# The account of the train ratio is kept in this fraction of a row.
-RATIO_UNIT = 1024
-
 
 class Clock(NamedTuple):
     """Counters, the same for all seeds."""
 
     iteration: Int[Array, ""]
     updates: Int[Array, ""]
-    credit: Int[Array, ""]  # rows earned for training and not used yet, in 1 / RATIO_UNIT
+    credit: Int[Array, ""]  # part of an update earned and not made yet
     cursor: Cursor
 
 
@@ -184,8 +181,8 @@ def _iteration(
     config: RunConfig, env: Env, agent: Agent, memory: Replay
 ) -> Callable[[TrainState, Metrics], tuple[TrainState, Metrics]]:
     """`(state, sums of metrics) -> (state, sums of metrics)`, one iteration."""
-    earned = round(config.envs * config.replay.train_ratio * RATIO_UNIT)
-    price = config.replay.batch_size * config.replay.batch_length * RATIO_UNIT
+    # Whole numbers keep the account of the train ratio exact over any number of iterations.
+    earned, price = config.replay.updates_per_iteration(config.envs).as_integer_ratio()
 
     def iterate(state: TrainState, sums: Metrics) -> tuple[TrainState, Metrics]:
         state = _act(state, env, agent, memory)

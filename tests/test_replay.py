@@ -225,3 +225,10 @@ def test_what_cannot_be_held_is_told():
     with pytest.raises(JaxwmError, match=r"The dream needs 1048576.0 GiB and the device \("):
         check_fits(2**50, "The dream")
     check_fits(2**20)
+
+
+def test_updates_per_iteration_are_an_exact_fraction():
+    # 16 environments earn 16 * 0.3 = 4.8 rows; an update takes 16 * 64 = 1024.
+    config = ReplayConfig(train_ratio=0.3)
+    assert config.updates_per_iteration(16).as_integer_ratio() == (3, 640)
+    assert ReplayConfig(train_ratio=1024.0).updates_per_iteration(1) == 1
