@@ -39,6 +39,16 @@ def config(name: str, updates: int) -> RunConfig:
     agent = AgentConfig(model, behavior, optim=OptimConfig(2e-3, warmup_steps=50))
     # Small observations count little against the KL of a latent: let them count more.
     agent = dataclasses.replace(agent, weights=dataclasses.replace(agent.weights, rec=5.0))
+    if name == "Memory":
+        # Only the reward tells that the cue is worth keeping, and only together with the action.
+        core = dataclasses.replace(model.core, deter=64, hidden=64)
+        latent = dataclasses.replace(model.latent, stoch=2)
+        agent = dataclasses.replace(
+            agent,
+            model=dataclasses.replace(model, core=core, latent=latent),
+            behavior=dataclasses.replace(behavior, imagine=4, entropy=3e-3, unimix=0.01),
+            weights=dataclasses.replace(agent.weights, reward=20.0),
+        )
     replay = ReplayConfig(capacity=20_000, batch_size=8, batch_length=16, train_ratio=32)
     return RunConfig(
         f"toy/{name}", size="custom", agent=agent, envs=8, replay=replay, steps=4 * updates
@@ -59,7 +69,7 @@ def learn(name: str, updates: int, **options: int) -> tuple[train.Program, train
     ("name", "updates", "options"),
     [
         ("Observe", 400, {}),
-        ("Memory", 2600, {"delay": 1}),
+        ("Memory", 1600, {"delay": 1}),
         ("Credit", 800, {}),
         ("Mixed", 600, {"cell": 2}),
         pytest.param("Reach", 6000, {}, marks=pytest.mark.slow),
