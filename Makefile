@@ -15,7 +15,7 @@ TESTS ?= tests
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow lint format notebooks bench clean
+.PHONY: help setup setup-dev demo test lint format notebooks bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,11 +27,8 @@ setup-dev: $(DEV) ## the same, with the tools for tests and style
 demo: $(RUNTIME) ## train DreamerV3 on CartPole into runs/demo (SEED=1: other random numbers)
 	$(PY) -m jaxwm.cli $(DEMO) --run $(RUN) --seed $(SEED)
 
-test: $(DEV) ## run the tests, with the coverage gate; the slow ones apart
-	$(PY) -m pytest $(TESTS) -n $(WORKERS) --dist loadfile -m "not slow" --cov
-
-test-slow: $(DEV) ## run the tests that take minutes each
-	$(PY) -m pytest $(TESTS) -m slow
+test: $(DEV) ## run the tests, with the coverage gate
+	$(PY) -m pytest $(TESTS) -n $(WORKERS) --dist loadfile --cov
 
 lint: $(DEV) ## check style and types
 	$(PY) -m ruff check .
