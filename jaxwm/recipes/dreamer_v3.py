@@ -72,8 +72,8 @@ def agent(size: str, variant: str = "head") -> AgentConfig:
 
 # What each preset is for; the numbers are in `config`.
 PRESETS = {
-    "cartpole": "gymnax/CartPole-v1 solved on two CPU cores in about three minutes (the demo)",
-    "catch": "gymnax/Catch-bsuite, a grid as observation, solved in about two minutes",
+    "cartpole": "gymnax/CartPole-v1 on two CPU cores, minutes (the demo)",
+    "catch": "gymnax/Catch-bsuite, a grid as observation, minutes on two CPU cores",
     "pixels": "toy/Pixels, 64x64 colour frames on two CPU cores",
     "pendulum": "brax/inverted_pendulum, continuous actions on two CPU cores",
 }
