@@ -195,7 +195,7 @@ class TwoHot(_Distribution):
 
     def mean(self) -> Float[Array, "*batch"]:
         """Expected bin position; exactly 0 for uniform logits."""
-        return twohot_mean(jax.nn.softmax(self.logits), self.bins)
+        return twohot_mean(self.logits, self.bins)
 
     def mode(self) -> Float[Array, "*batch"]:
         """The mean: the most probable bin would be a coarse guess."""

@@ -146,28 +146,14 @@ def build(config: RunConfig, iterations: int | None = None, single: Env | None =
         return state, metrics
 
     keys = [jax.random.key(config.seed + i) for i in range(config.seeds)]
-    if config.seeds == 1:
-        return Program(
-            env,
-            agent,
-            memory,
-            functools.partial(jax.jit(init), keys[0]),
-            jax.jit(chunk, donate_argnums=0),
-            count,
-            1,
-        )
-    axes: Any = TrainState._make(None if name == "clock" else 0 for name in TrainState._fields)
-    init_seeds = jax.vmap(init, out_axes=axes)
-    chunk_seeds = jax.vmap(chunk, in_axes=(axes,), out_axes=(axes, 0))
-    return Program(
-        env,
-        agent,
-        memory,
-        functools.partial(jax.jit(init_seeds), jnp.stack(keys)),
-        jax.jit(chunk_seeds, donate_argnums=0),
-        count,
-        config.seeds,
-    )
+    key = keys[0]
+    if config.seeds > 1:
+        key = jnp.stack(keys)
+        axes: Any = TrainState._make(None if name == "clock" else 0 for name in TrainState._fields)
+        init = jax.vmap(init, out_axes=axes)
+        chunk = jax.vmap(chunk, in_axes=(axes,), out_axes=(axes, 0))
+    start, go = functools.partial(jax.jit(init), key), jax.jit(chunk, donate_argnums=0)
+    return Program(env, agent, memory, start, go, count, config.seeds)
 
 
 SUMS = ("ended", "sum_return", "sum_length")
