@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxwm import envs, train
-from jaxwm.agent import AgentConfig
+from jaxwm.agent import AgentConfig, LossWeights
 from jaxwm.behaviors.actor_critic import ActorCriticConfig
 from jaxwm.envs.toy import OPTIMUM, optimal_value
 from jaxwm.evaluate.rollout import collect, evaluate
@@ -20,34 +20,45 @@ from jaxwm.recipes import RunConfig
 from jaxwm.replay import ReplayConfig
 
 HORIZON = 20
-# Expected return of the uniformly random policy, from 512 episodes of each.
-RANDOM = {"Observe": 2.0, "Memory": 0.0, "Credit": 0.5, "Mixed": 2.0}
+# Expected return of the uniformly random policy. Observe and Mixed: half of 4. Credit: 1/2.
+# Dials: 3 (1/3 + 1/2 + 1/3 + 1/4 + 1/2). Reach and Pixels: from 512 episodes of each.
+RANDOM = {
+    "Observe": 2.0,
+    "Memory": 0.0,
+    "Credit": 0.5,
+    "Reach": -8.4,
+    "Pixels": -0.8,
+    "Dials": 5.75,
+    "Mixed": 2.0,
+}
 
 
 def config(name: str, updates: int) -> RunConfig:
     """A few thousand parameters and milliseconds per update; the recipe's numbers otherwise."""
-    model = WorldModelConfig(
-        BlockGRUConfig(deter=32, hidden=32, blocks=4),
-        LatentConfig(stoch=4, classes=4),
-        CodecConfig(units=32, layers=1, depth=4, blocks=4),
-        units=32,
-        bins=41,
-        horizon=HORIZON,
-    )
+    core = BlockGRUConfig(deter=32, hidden=32, blocks=4)
+    latent = LatentConfig(stoch=4, classes=4)
+    codec = CodecConfig(units=32, layers=1, depth=4, blocks=4)
     behavior = ActorCriticConfig(units=32, layers=1, bins=41, imagine=8, horizon=HORIZON)
-    agent = AgentConfig(model, behavior, optim=OptimConfig(2e-3, warmup_steps=50))
-    # Small observations count little against the KL of a latent: let them count more.
-    agent = dataclasses.replace(agent, weights=dataclasses.replace(agent.weights, rec=5.0))
+    # Small observations and rare rewards count little against the KL of a latent, which starts
+    # at a nat: let them count more.
+    weights = LossWeights(rec=5.0)
+    rate = 2e-3
     if name == "Memory":
         # Only the reward tells that the cue is worth keeping, and only together with the action.
-        core = dataclasses.replace(model.core, deter=64, hidden=64)
-        latent = dataclasses.replace(model.latent, stoch=2)
-        agent = dataclasses.replace(
-            agent,
-            model=dataclasses.replace(model, core=core, latent=latent),
-            behavior=dataclasses.replace(behavior, imagine=4, entropy=3e-3, unimix=0.01),
-            weights=dataclasses.replace(agent.weights, reward=20.0),
-        )
+        core, latent = dataclasses.replace(core, deter=64, hidden=64), LatentConfig(2, 4)
+        behavior = dataclasses.replace(behavior, imagine=4, entropy=1e-2, unimix=0.01)
+        weights = LossWeights(rec=5.0, reward=20.0)
+    if name == "Reach":
+        weights, rate = LossWeights(rec=5.0, reward=5.0), 4e-3
+    if name == "Dials":
+        latent = LatentConfig(8, 8)
+        behavior = dataclasses.replace(behavior, imagine=3, entropy=1e-2)
+        weights, rate = LossWeights(rec=20.0, reward=20.0), 4e-3
+    if name == "Pixels":
+        behavior = dataclasses.replace(behavior, imagine=6, entropy=1e-2)
+        weights, rate = LossWeights(rec=200.0, reward=20.0), 4e-3
+    model = WorldModelConfig(core, latent, codec, units=32, bins=41, horizon=HORIZON)
+    agent = AgentConfig(model, behavior, weights, OptimConfig(rate, warmup_steps=50))
     replay = ReplayConfig(capacity=20_000, batch_size=8, batch_length=16, train_ratio=32)
     return RunConfig(
         f"toy/{name}", size="custom", agent=agent, envs=8, replay=replay, steps=4 * updates
@@ -68,8 +79,11 @@ def learn(name: str, updates: int, **options: int) -> tuple[train.Program, train
     ("name", "updates", "options"),
     [
         ("Observe", 400, {}),
-        ("Memory", 1600, {"delay": 1}),
+        ("Memory", 4400, {}),
         ("Credit", 800, {}),
+        ("Reach", 4000, {}),
+        ("Pixels", 6000, {"cell": 1}),
+        ("Dials", 2400, {}),
         ("Mixed", 600, {"cell": 2}),
     ],
 )

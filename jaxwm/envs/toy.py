@@ -30,7 +30,7 @@ REWARDS: dict[str, tuple[float, ...]] = {
     "toy/Credit": (0.0,) * 5 + (1.0,),
     "toy/Reach": (-0.75, -0.5, -0.25) + (0.0,) * 5,
     "toy/Pixels": (0.0,) * 6 + (1.0,),
-    "toy/Dials": (1.0,) * 3,
+    "toy/Dials": (5.0,) * 3,
     "toy/Mixed": (1.0,) * 4,
 }
 OPTIMUM: dict[str, float] = {name: sum(rewards) for name, rewards in REWARDS.items()}
@@ -299,13 +299,13 @@ def _catch(
 def dials() -> Env:
     """Can it do several things at once? A switch, three dials and a slider match shown targets.
 
-    Each part earns a third of the reward: the switch if it is right, the dials the share that
-    is right, the slider one minus its distance. New targets each row, 3 steps. Optimum: 1 per
-    step, 3 in all, by copying the targets.
+    Each of the five earns at most 1: the switch and each dial if it is right, the slider, whose
+    targets are its two ends, one minus half its distance. New targets each row, 3 steps.
+    Optimum: 5 per step, 15 in all, by copying the targets.
     """
     space = {
         "dials": Discrete((2, 3, 4), (3,)),
-        "slider": Box((1,), "float32", 0.0, 1.0),
+        "slider": Box((1,), "float32", -1.0, 1.0),
         "switch": Discrete(3),
     }
 
@@ -313,14 +313,14 @@ def dials() -> Env:
         key_dials, key_slider, key_switch = jax.random.split(key, 3)
         return {
             "dials": jax.random.randint(key_dials, (3,), 0, jnp.array([2, 3, 4])),
-            "slider": jax.random.uniform(key_slider, (1,)),
+            "slider": jax.random.rademacher(key_slider, (1,), jnp.float32),
             "switch": jax.random.randint(key_switch, (), 0, 3),
         }
 
     def move(target, action, elapsed, key):
-        dials = (action["dials"] == target["dials"]).mean()
-        slider = 1.0 - jnp.abs(action["slider"] - target["slider"]).mean()
-        return draw(key), (dials + slider + (action["switch"] == target["switch"])) / 3.0
+        dials = (action["dials"] == target["dials"]).sum()
+        slider = 1.0 - jnp.abs(action["slider"] - target["slider"]).sum() / 2
+        return draw(key), dials + slider + (action["switch"] == target["switch"])
 
     return _toy("toy/Dials", 3, dict(space), space, draw, move, lambda target, elapsed: target)
 

@@ -109,13 +109,14 @@ def config(
         agent=agent(size or "nano", variant or "head"),
         envs=8,
         steps=10_000,
-        replay=ReplayConfig(capacity=100_000, batch_size=16, batch_length=32, train_ratio=64),
+        # Small batches: two cores make four times the updates of 16 windows, which teaches more.
+        replay=ReplayConfig(capacity=100_000, batch_size=4, batch_length=32, train_ratio=64),
         log_every=400,
         save_every=5_000,
     )
     if preset == "catch":
         # Episodes last nine steps: short dreams and windows, and as many more updates.
-        base = _short(base, env or "gymnax/Catch-bsuite", steps=8_000, train_ratio=128)
+        base = _short(base, env or "gymnax/Catch-bsuite", steps=8_000, train_ratio=64)
         # A ball is two numbers of fifty: their reconstruction must count against the KL.
         weights = dataclasses.replace(base.agent.weights, rec=5.0)
         return dataclasses.replace(base, agent=dataclasses.replace(base.agent, weights=weights))
@@ -124,7 +125,8 @@ def config(
         replay = dataclasses.replace(base.replay, capacity=20_000, batch_size=8)
         return dataclasses.replace(base, replay=replay, log_every=160, save_every=2_000)
     if preset == "pendulum":
-        return dataclasses.replace(base, env=env or "brax/inverted_pendulum")
+        env = env or "brax/inverted_pendulum"
+        return dataclasses.replace(base, env=env, steps=20_000, action_repeat=2)
     return base
 
 
