@@ -79,12 +79,12 @@ def learn(name: str, updates: int, **options: int) -> tuple[train.Program, train
     ("name", "updates", "options"),
     [
         ("Observe", 400, {}),
-        ("Memory", 4400, {}),
+        ("Memory", 4000, {}),
         ("Credit", 800, {}),
         ("Reach", 4000, {}),
-        ("Pixels", 6000, {"cell": 1}),
+        ("Pixels", 5200, {"cell": 1}),
         ("Dials", 2400, {}),
-        ("Mixed", 600, {"cell": 2}),
+        ("Mixed", 720, {"cell": 1}),
     ],
 )
 def test_reaches_the_optimum(name, updates, options):

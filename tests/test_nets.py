@@ -139,6 +139,30 @@ def test_transposed_convolution_is_a_convolution_of_a_sparse_map(rng):
     np.testing.assert_allclose(apply(module, params, x), want, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("stride", "dilation", "pads"), [(1, 1, (2, 2)), (2, 1, (1, 2)), (1, 2, (3, 2))]
+)
+def test_gradients_of_convolutions_are_those_of_automatic_differentiation(
+    rng, stride, dilation, pads
+):
+    # More images than are taken at a time, and not a multiple of them.
+    x, kernel = rng.normal(size=(20, 8, 6, 3)), rng.normal(size=(5, 5, 3, 4))
+    x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+    pads = (pads, pads)
+
+    def plain(x, kernel):
+        names = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride,) * 2, pads, (dilation,) * 2, dimension_numbers=names
+        )
+
+    want, pull = jax.vjp(plain, x, kernel)
+    got, own_pull = jax.vjp(lambda x, k: nets.convolve(x, k, stride, pads, dilation), x, kernel)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    for one, other in zip(own_pull(jnp.cos(want)), pull(jnp.cos(want)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_pooling_and_doubling_by_hand():
     x = jnp.array([[1.0, 2.0, 5.0, 0.0], [3.0, 4.0, -1.0, -2.0]])[None, :, :, None]
     np.testing.assert_array_equal(nets.max_pool(x)[0, :, :, 0], [[4, 5]])

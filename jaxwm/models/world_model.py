@@ -212,19 +212,21 @@ def world_model(
     def imagine(
         params: Params, start: Latent, policy: Callable, noise: Array, policy_noise: Any
     ) -> tuple[Latent, Any]:
-        def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Latent, Any]]:
+        def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Array, Any]]:
             gumbel, policy_draw = inputs
-            action = policy(features(_swap(carry)), policy_draw)
+            feat = features(_swap(carry))
+            action = policy(feat, policy_draw)
             moved = embed_action(params, as_dict(action))
             deter = core_step(params["core"], carry.deter, _flat(carry.stoch), moved)
             stoch = sample(prior_logits(params["prior"], deter.T), gumbel)
-            carry = Latent(deter, stoch)
-            return carry, (carry, action)
+            return Latent(deter, stoch), (feat, action)
 
-        _, (latents, actions) = jax.lax.scan(step, _swap(start), (noise, policy_noise))
-        latents = _swap(latents)
-        joined = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), start, latents)
-        return joined, actions
+        last, (feats, actions) = jax.lax.scan(step, _swap(start), (noise, policy_noise))
+        # Stacked as features, which is how heads read them: the compiler sees that `features`
+        # of the two slices is the array it has, and copies nothing.
+        feats = jnp.concatenate([feats, features(_swap(last))[None]])
+        deter, stoch = jnp.split(feats, [config.core.deter], -1)
+        return Latent(deter, stoch.reshape(*feats.shape[:-1], *start.stoch.shape[1:])), actions
 
     def predict(
         params: Params, latents: Latent, keys: tuple[str, ...] | None = None
