@@ -19,6 +19,8 @@ from jaxwm.optim import OptimConfig
 from jaxwm.recipes import RunConfig
 from jaxwm.replay import ReplayConfig
 
+pytestmark = pytest.mark.slow
+
 HORIZON = 20
 # Expected return of the uniformly random policy. Observe and Mixed: half of 4. Credit: 1/2.
 # Dials: 3 (1/3 + 1/2 + 1/3 + 1/4 + 1/2). Reach and Pixels: from 512 episodes of each.
