@@ -28,6 +28,7 @@ commands:
   eval RUN          play episodes with a trained agent
   plot RUN ...      draw the learning curves of runs
   envs [SUITE]      list the environments
+  envs check NAME   play random actions in one, and say what is wrong with it
 
 options:
   -h, --help        this text, or that of a command: jaxwm COMMAND --help
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
       argv: the words after `jaxwm`; by default those of the process.
 
     Returns:
-      The exit code: 0, 2 after bad input, 130 after an interrupt.
+      The exit code: 0, 1 if a checked environment is broken, 2 after bad input, 130 after an
+      interrupt.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -88,7 +90,7 @@ def _dispatch(argv: list[str]) -> int:
     _keep_compiled_programs()
     try:
         _COMMANDS[name](words)
-    except SystemExit as stop:  # after --help
+    except SystemExit as stop:  # after --help, or a check that found something
         return int(stop.code or 0)
     return 0
 
@@ -181,7 +183,9 @@ def _plot(words: list[str]) -> None:
 
 
 def _envs(words: list[str]) -> None:
-    parser = _Parser("envs", "list the environments")
+    if words and words[0] == "check":
+        return _check(words[1:])
+    parser = _Parser("envs", "list the environments; `jaxwm envs check NAME` examines one")
     parser.add_argument("suite", nargs="?", metavar="SUITE", help="only those of this suite")
     known = parser.parse_all(words)
     from jaxwm.envs import names
@@ -194,6 +198,27 @@ def _envs(words: list[str]) -> None:
             print(f"{suite}: its package is not installed", file=sys.stderr)
         for name in suites[suite]:
             print(f"{suite}/{name}")
+
+
+def _check(words: list[str]) -> None:
+    parser = _Parser("envs check", "play random actions in an environment and judge what it does")
+    parser.add_argument("name", metavar="NAME", help="its name, or module:function of your own")
+    parser.add_argument("--envs", type=int, default=16, help="how many at once (16)")
+    parser.add_argument("--steps", type=int, default=500, help="steps of each (500)")
+    parser.add_argument("--seed", type=int, default=0, help="other numbers play other actions")
+    known = parser.parse_all(words)
+    for flag, value in (("--envs", known.envs), ("--steps", known.steps)):
+        if value < 1:
+            raise UsageError(f"{flag} should be at least 1, not {value}.")
+    from jaxwm.envs import make
+    from jaxwm.envs.examine import examine, load, report
+
+    own = ":" in known.name and "/" not in known.name
+    env = load(known.name) if own else make(known.name)
+    result = examine(env, known.envs, known.steps, known.seed)
+    print(report(env, result))
+    if result.faults:
+        raise SystemExit(1)
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -24,6 +24,7 @@ class OptimConfig:
     Args:
       learning_rate: step size after the warmup.
       warmup_steps: updates over which the step size grows from 0; 0 for none.
+      anneal_steps: updates until it has then fallen to a tenth, the warmup included; 0 for never.
       agc: largest gradient norm of a tensor, as a share of the norm of the tensor.
       beta1: decay of the momentum.
       beta2: decay of the mean square gradient.
@@ -32,6 +33,7 @@ class OptimConfig:
 
     learning_rate: float = 4e-5
     warmup_steps: int = 1000
+    anneal_steps: int = 0
     agc: float = 0.3
     beta1: float = 0.9
     beta2: float = 0.999
@@ -39,7 +41,12 @@ class OptimConfig:
 
     def __post_init__(self):
         positive(self, "learning_rate", "agc")
-        at_least(self, 0, "warmup_steps", "eps")
+        at_least(self, 0, "warmup_steps", "anneal_steps", "eps")
+        require(
+            self.anneal_steps == 0 or self.anneal_steps > self.warmup_steps,
+            f"OptimConfig.anneal_steps is {self.anneal_steps}, but it counts from the start: make "
+            f"it more than the {self.warmup_steps} updates of the warmup, or 0 for never.",
+        )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"OptimConfig.{name} is {value}; it must lie in 0 to below 1.")
@@ -138,34 +145,45 @@ def scale_by_laprop(
     return optax.GradientTransformation(init, update)
 
 
-def warmup(learning_rate: float | Float[Array, ""], steps: int) -> optax.Schedule:
-    """Learning rate growing linearly from 0, then constant.
+def warmup(
+    learning_rate: float | Float[Array, ""], steps: int, anneal_steps: int = 0
+) -> optax.Schedule:
+    """Learning rate growing linearly from 0, then constant or falling linearly to a tenth.
 
     The n-th update (n from 1) uses `learning_rate * min(1, (n - 1) / steps)`, so the first
-    one does not move the parameters.
+    one does not move the parameters; the fall, if there is one, lasts `anneal_steps - steps`.
 
     Args:
-      learning_rate: the final value, a number or a traced scalar.
+      learning_rate: the highest value, a number or a traced scalar.
       steps: updates until it is reached; 0 for no warmup.
+      anneal_steps: updates until it has fallen, the warmup included; 0 for never.
 
     Returns:
       A schedule of the number of updates made before, n - 1.
 
     Raises:
-      JaxwmError: if `steps` is negative.
+      JaxwmError: if `steps` is negative, or `anneal_steps` neither 0 nor above it.
 
-    Source: "Optimizer" in DreamerV3 (arXiv:2301.04104).
+    Source: "Optimizer" in DreamerV3 (arXiv:2301.04104); the fall is the schedule "linear" of
+    github.com/danijar/dreamerv3.
     """
-    if steps < 0:
-        raise JaxwmError(f"warmup got steps={steps}; give the updates it lasts, 0 for none.")
-    if steps == 0:
-        return optax.constant_schedule(learning_rate)
-    return optax.linear_schedule(0.0, learning_rate, steps)
+    if steps < 0 or (anneal_steps != 0 and anneal_steps <= steps):
+        raise JaxwmError(
+            f"warmup got steps={steps}, anneal_steps={anneal_steps}; give the updates it lasts, 0 "
+            "for none, and the updates until the rate has fallen again, more than that or 0."
+        )
+    high = optax.constant_schedule(learning_rate)
+    rise = optax.linear_schedule(0.0, learning_rate, steps) if steps else high
+    if not anneal_steps:
+        return rise
+    fall = optax.linear_schedule(learning_rate, 0.1 * learning_rate, anneal_steps - steps)
+    return optax.join_schedules([rise, fall], [steps])
 
 
 def laprop(
     learning_rate: float | Float[Array, ""] | optax.Schedule = OptimConfig.learning_rate,
     warmup_steps: int = OptimConfig.warmup_steps,
+    anneal_steps: int = OptimConfig.anneal_steps,
     agc: float = OptimConfig.agc,
     beta1: float = OptimConfig.beta1,
     beta2: float = OptimConfig.beta2,
@@ -177,6 +195,7 @@ def laprop(
       learning_rate: step size after the warmup, a number or a traced scalar (one per seed,
         say); or a schedule, which is used as it is, without warmup.
       warmup_steps: see `warmup`.
+      anneal_steps: see `warmup`.
       agc: see `adaptive_grad_clip`.
       beta1: see `scale_by_laprop`.
       beta2: see `scale_by_laprop`.
@@ -187,7 +206,9 @@ def laprop(
 
     Source: "Optimizer" in DreamerV3 (arXiv:2301.04104).
     """
-    schedule = learning_rate if callable(learning_rate) else warmup(learning_rate, warmup_steps)
+    schedule = learning_rate
+    if not callable(schedule):
+        schedule = warmup(schedule, warmup_steps, anneal_steps)
     return optax.chain(
         adaptive_grad_clip(agc),
         scale_by_laprop(beta1, beta2, eps),

@@ -71,6 +71,17 @@ def test_the_first_step_has_the_size_of_the_learning_rate():
     np.testing.assert_allclose(updates["bias"], [-0.01, 0.0], rtol=1e-5)
 
 
+def test_annealing_falls_to_a_tenth():
+    fall = optim.warmup(2.0, 10, 30)
+    # Half-way up, at the top, half-way down (1 + 0.1) / 2 of 2, at the end and beyond it.
+    np.testing.assert_allclose([fall(n) for n in (5, 10, 20, 30, 99)], [1, 2, 1.1, 0.2, 0.2])
+    assert float(optim.warmup(2.0, 0, 4)(0)) == 2
+    with pytest.raises(JaxwmError, match="steps=10, anneal_steps=10"):
+        optim.warmup(2.0, 10, 10)
+    with pytest.raises(JaxwmError, match=r"anneal_steps is 5.* more than the 10"):
+        optim.OptimConfig(warmup_steps=10, anneal_steps=5)
+
+
 def test_warmup_starts_at_zero_and_ends_at_the_rate():
     ramp = optim.warmup(2.0, 10)
     rates = [float(ramp(count)) for count in (0, 1, 5, 10, 1000)]

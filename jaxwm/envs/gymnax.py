@@ -12,29 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
 
+from jaxwm.envs.frames import draw_grid
 from jaxwm.envs.wrappers import normalize_action
 from jaxwm.types import Box, Discrete, Env, JaxwmError, Space, first, nearest, transition, zeros
 
 # Constructing it downloads a data set.
 EXCLUDED = {"MNISTBandit-bsuite": "it downloads the MNIST images when it is made"}
-CELL = 8  # pixels per side of a grid cell: 10 cells give 80, which halves four times to 5
-COLORS = np.array(
-    [
-        [80, 200, 255],
-        [255, 220, 60],
-        [150, 130, 60],
-        [235, 85, 85],
-        [120, 230, 120],
-        [200, 120, 255],
-        [255, 150, 60],
-        [240, 240, 240],
-        [60, 160, 140],
-        [255, 130, 190],
-    ],
-    np.uint8,
-)
 
 
 def names() -> list[str]:
@@ -77,22 +61,22 @@ def make(name: str, render: bool = False, **options: Any) -> Env:
             env, params = gymnax.make(base, **rest)
         except TypeError as error:
             raise nearest(", ".join(rest), fields, f"option of gymnax/{base}") from error
-        env = _adapt(f"gymnax/{name}", env, params.replace(**changes), render)
+        env = _adapt(f"gymnax/{name}", env, params.replace(**changes))
+    if render:
+        env = draw_grid(env, next(iter(env.obs_space)))
     return normalize_action(env)
 
 
-def _adapt(name: str, env: Any, params: Any, render: bool) -> Env:
+def _adapt(name: str, env: Any, params: Any) -> Env:
     """The `Env` of a gymnax environment and its parameters."""
     action_space = _space(env.action_space(params))
     key, zero = jax.random.key(0), zeros(action_space)
     obs, state = jax.eval_shape(lambda key: env.reset_env(key, params), key)
     like = jax.eval_shape(lambda key, state: env.step_env(key, state, zero, params)[1], key, state)
-    if render and (obs.ndim != 3 or obs.shape[:2] != (10, 10)):
-        raise JaxwmError(f"{name}: only MinAtar grids can be drawn as images; leave out ':image'.")
-    key_obs, space = _obs_space(name, env.observation_space(params), obs, render)
+    key_obs, space = _obs_space(name, env.observation_space(params), obs)
 
     def look(obs):
-        return {key_obs: draw(obs) if render else jnp.asarray(obs, space.dtype)}
+        return {key_obs: jnp.asarray(obs, space.dtype)}
 
     def settle(state):
         # Some resets hold Python numbers or integers where steps give floats.
@@ -112,10 +96,8 @@ def _adapt(name: str, env: Any, params: Any, render: bool) -> Env:
     return Env(name, {key_obs: space}, action_space, reset, step)
 
 
-def _obs_space(name: str, space: Any, obs: Any, render: bool) -> tuple[str, Space]:
+def _obs_space(name: str, space: Any, obs: Any) -> tuple[str, Space]:
     """The key and space of the one observation, by the array that really comes."""
-    if render:
-        return "image", Box((10 * CELL, 10 * CELL, 3), "uint8", 0.0, 255.0)
     if hasattr(space, "n"):
         return "index", Discrete(int(space.n))
     if not hasattr(obs, "shape") or len(obs.shape) > 3:
@@ -138,20 +120,3 @@ def _space(space: Any) -> Space:
         return tuple(np.broadcast_to(value, space.shape).ravel().tolist())
 
     return Box(tuple(space.shape), "float32", bound(space.low), bound(space.high))
-
-
-def draw(grid: Float[Array, "h w channels"]) -> UInt8[Array, "height width 3"]:
-    """A grid of 0/1 channels as an image; where several are on, their colours mix.
-
-    Args:
-      grid: up to 10 channels of 0 or 1.
-
-    Returns:
-      An image with `CELL` pixels per cell, dark where no channel is on.
-    """
-    colors = jnp.asarray(COLORS[: grid.shape[-1]], jnp.float32)
-    on = grid.sum(axis=-1, keepdims=True)
-    image = jnp.where(
-        on > 0, grid @ colors / jnp.maximum(on, 1.0), jnp.array([[[20.0, 20.0, 30.0]]])
-    )
-    return jnp.repeat(jnp.repeat(image.astype(jnp.uint8), CELL, axis=0), CELL, axis=1)

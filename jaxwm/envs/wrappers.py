@@ -11,6 +11,7 @@ of a new episode.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 from jax import custom_batching, lax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from jaxwm.types import Box, Env, JaxwmError, Key, zeros
+from jaxwm.types import Box, Env, JaxwmError, Key, Space, Step, nearest, zeros
 
 
 class BatchState(NamedTuple):
@@ -27,6 +28,13 @@ class BatchState(NamedTuple):
 
     env: PyTree
     ended: Bool[Array, " B"]
+
+
+class StickyState(NamedTuple):
+    """A state and the action taken last."""
+
+    env: PyTree
+    action: PyTree
 
 
 class LimitState(NamedTuple):
@@ -217,6 +225,96 @@ def action_repeat(env: Env, times: int) -> Env:
         return lax.scan(again, carry, keys[1:])[0]
 
     return env._replace(step=step)
+
+
+def sticky_actions(env: Env, probability: float = 0.25) -> Env:
+    """With some probability takes the action of the step before instead of the one chosen.
+
+    It starts from the zero action. Rows carry the agent's choice: what was done instead is a
+    part of the world. Inside `action_repeat` the coin is thrown for every frame, outside once
+    for all of them.
+
+    Args:
+      env: a single environment.
+      probability: of repeating, in 0..1.
+
+    Returns:
+      The environment, no longer deterministic.
+
+    Raises:
+      JaxwmError: if `probability` is out of range.
+
+    Source: "Revisiting the Arcade Learning Environment" (arXiv:1709.06009), section 5.
+    """
+    if not 0 <= probability <= 1:
+        raise JaxwmError(f"A probability lies in 0 to 1, but sticky actions got {probability}.")
+
+    def reset(key):
+        state, row = env.reset(key)
+        return StickyState(state, zeros(env.action_space)), row
+
+    def step(state, action, key):
+        key_coin, key_step = jax.random.split(key)
+        stuck = jax.random.bernoulli(key_coin, probability)
+        taken = jax.tree.map(lambda old, new: jnp.where(stuck, old, new), state.action, action)
+        inner, row = env.step(state.env, taken, key_step)
+        return StickyState(inner, taken), row._replace(action=action)
+
+    return env._replace(reset=reset, step=step)
+
+
+def scale_reward(env: Env, factor: float) -> Env:
+    """Multiplies every reward by `factor`; no preset uses it.
+
+    Raises:
+      JaxwmError: if `factor` is zero or not finite.
+    """
+    if factor == 0 or not math.isfinite(factor):
+        raise JaxwmError(f"Rewards can be scaled by a finite number but 0, not by {factor}.")
+    return _map_rows(env, lambda row: row._replace(reward=row.reward * factor))
+
+
+def map_observation(
+    env: Env, name: str, space: Space, function: Callable[[Array], Array], rename: str | None = None
+) -> Env:
+    """Replaces one entry of the observations by a function of it.
+
+    Args:
+      env: a single environment.
+      name: the entry.
+      space: the space of what `function` returns.
+      function: from one element to another, in jax.
+      rename: the new name of the entry, if not `name`.
+
+    Returns:
+      The environment with the new entry in place of the old one.
+
+    Raises:
+      JaxwmError: if there is no such entry.
+    """
+    if name not in env.obs_space:
+        raise nearest(name, env.obs_space, f"observation of {env.name}")
+
+    def replace(entries, value):
+        rest = {key: entry for key, entry in entries.items() if key != name}
+        return rest | {rename or name: value}
+
+    def see(row):
+        return row._replace(obs=replace(row.obs, function(row.obs[name])))
+
+    return _map_rows(env, see)._replace(obs_space=replace(env.obs_space, space))
+
+
+def _map_rows(env: Env, function: Callable[[Step], Step]) -> Env:
+    def reset(key):
+        state, row = env.reset(key)
+        return state, function(row)
+
+    def step(state, action, key):
+        state, row = env.step(state, action, key)
+        return state, function(row)
+
+    return env._replace(reset=reset, step=step)
 
 
 def normalize_action(env: Env) -> Env:

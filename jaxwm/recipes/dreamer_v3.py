@@ -127,13 +127,21 @@ def config(
     if preset == "pendulum":
         env = env or "brax/inverted_pendulum"
         base = dataclasses.replace(base, env=env, steps=20_000, action_repeat=2)
-    return _see(base, 10.0)
+    return _anneal(_see(base, 10.0))
 
 
 def _see(config: RunConfig, weight: float) -> RunConfig:
     """A run with another weight on the reconstruction of observations."""
     weights = dataclasses.replace(config.agent.weights, rec=weight)
     return dataclasses.replace(config, agent=dataclasses.replace(config.agent, weights=weights))
+
+
+def _anneal(config: RunConfig) -> RunConfig:
+    """A run whose learning rate falls to its end: a long balance needs a policy at rest."""
+    replay, agent = config.replay, config.agent
+    updates = int(config.steps * replay.train_ratio / (replay.batch_size * replay.batch_length))
+    optim = dataclasses.replace(agent.optim, anneal_steps=updates)
+    return dataclasses.replace(config, agent=dataclasses.replace(agent, optim=optim))
 
 
 def _short(config: RunConfig, env: str, steps: int, train_ratio: float) -> RunConfig:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxwm.envs import make
-from jaxwm.envs.gymnax import CELL, COLORS, draw
+from jaxwm.envs.frames import CELL, COLORS, draw
 from jaxwm.envs.wrappers import batch
 from jaxwm.types import JaxwmError
 
@@ -102,7 +102,7 @@ def test_errors_name_the_way_out():
         make("gymnax/Breakout-Minatar")
     with pytest.raises(JaxwmError, match="left out because it downloads"):
         make("gymnax/MNISTBandit-bsuite")
-    with pytest.raises(JaxwmError, match=r"only MinAtar grids .* leave out"):
+    with pytest.raises(JaxwmError, match=r"CartPole-v1 observes .* cannot be drawn as an image"):
         make("gymnax/CartPole-v1", render=True)
     with pytest.raises(JaxwmError, match=r"option of gymnax/CartPole-v1 .*max_steps_in_episode"):
         make("gymnax/CartPole-v1", max_steps_in_episodes=3)

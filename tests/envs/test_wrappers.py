@@ -11,7 +11,10 @@ from jaxwm.envs.wrappers import (
     batch,
     fault_message,
     guard,
+    map_observation,
     normalize_action,
+    scale_reward,
+    sticky_actions,
     time_limit,
 )
 from jaxwm.types import Box, Discrete, Env, JaxwmError, first, transition
@@ -175,6 +178,77 @@ def test_action_repeat_sums_rewards_and_stops_at_the_end():
     assert int(state) == 3
     with pytest.raises(JaxwmError, match="taken at least once, but times is 0"):
         action_repeat(counter(), 0)
+
+
+def test_limits_count_what_is_inside_them():
+    # Three frames per action: a limit outside counts actions, inside frames.
+    _, outside = run(time_limit(action_repeat(counter(end=99), 3), 2), np.zeros(2, int))
+    np.testing.assert_array_equal(outside.obs["count"][:, 0], [0, 3, 6])
+    np.testing.assert_array_equal(outside.is_last, [False, False, True])
+    _, inside = run(action_repeat(time_limit(counter(end=99), 2), 3), np.zeros(2, int))
+    np.testing.assert_array_equal(inside.obs["count"][:2, 0], [0, 2])
+    np.testing.assert_array_equal(inside.is_last[:2], [False, True])
+
+
+def test_scaled_rewards():
+    _, rows = run(scale_reward(counter(), 0.5), np.zeros(3, int))
+    np.testing.assert_array_equal(rows.reward, [0.0, 0.5, 1.0, 1.5])
+    with pytest.raises(JaxwmError, match="but 0, not by 0"):
+        scale_reward(counter(), 0)
+
+
+def adder() -> Env:
+    """Adds up the actions it really takes."""
+
+    def reset(key):
+        return jnp.zeros(()), first(Discrete(2), {"count": jnp.zeros(1)})
+
+    def step(total, action, key):
+        total = total + action
+        return total, transition(action, {"count": total[None]}, 0.0, False)
+
+    return Env("adder", COUNT, Discrete(2), reset, step)
+
+
+def test_sticky_actions_repeat_what_was_done():
+    ones = np.ones(400, int)
+    for probability, least, most in ((0.0, 400, 400), (1.0, 0, 0)):
+        _, rows = run(sticky_actions(adder(), probability), ones)
+        assert least <= rows.obs["count"][-1, 0] <= most
+    # Alternating actions differ from the one before, which comes again in a quarter of the steps:
+    # each step taken moves the sum only if its action is 1. The rows keep the choices.
+    actions = np.arange(400) % 2
+    _, rows = run(sticky_actions(adder(), 0.25), actions)
+    taken = np.diff(rows.obs["count"][:, 0])
+    np.testing.assert_array_equal(rows.action[1:], actions)
+    assert 0.15 < np.mean(taken != actions) < 0.35
+    # What is repeated is what was done, even if that was itself a repetition.
+    stuck = taken != actions
+    np.testing.assert_array_equal(taken[1:][stuck[1:]], taken[:-1][stuck[1:]])
+    with pytest.raises(JaxwmError, match="lies in 0 to 1, but sticky actions got 2"):
+        sticky_actions(counter(), 2)
+
+
+def test_the_order_of_sticky_and_repeated_actions():
+    actions = np.ones(200, int)
+    # Outside, one coin decides for all three frames: sums move by 0 or 3 and soon only by 3.
+    _, outside = run(sticky_actions(action_repeat(adder(), 3), 0.9), actions)
+    assert set(np.diff(outside.obs["count"][:, 0])) <= {0.0, 3.0}
+    # Inside, each frame has its own: some action is taken up between two frames.
+    found = set()
+    for seed in range(20):
+        _, inside = run(action_repeat(sticky_actions(adder(), 0.9), 3), actions[:20], seed)
+        found |= set(np.diff(inside.obs["count"][:, 0]))
+    assert found & {1.0, 2.0}
+
+
+def test_an_observation_is_replaced_and_renamed():
+    env = map_observation(counter(), "count", Box((2,)), lambda x: jnp.tile(2 * x, 2), "double")
+    _, rows = run(env, np.zeros(2, int))
+    assert env.obs_space == {"double": Box((2,))}
+    np.testing.assert_array_equal(rows.obs["double"], [[0, 0], [2, 2], [4, 4]])
+    with pytest.raises(JaxwmError, match="no observation of counter called 'cuont'"):
+        map_observation(counter(), "cuont", Box(), lambda x: x)
 
 
 def echo(space) -> Env:
