@@ -28,7 +28,7 @@ demo: $(RUNTIME) ## train DreamerV3 on CartPole into runs/demo (SEED=1: other ra
 	$(PY) -m jaxwm.cli $(DEMO) --run $(RUN) --seed $(SEED)
 
 test: $(DEV) ## run the tests, with the coverage gate
-	$(PY) -m pytest $(TESTS) -n $(WORKERS) --dist loadfile --cov
+	$(PY) -m pytest $(TESTS) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov
 
 lint: $(DEV) ## check style and types
 	$(PY) -m ruff check .

@@ -57,8 +57,9 @@ def config(name: str, updates: int) -> RunConfig:
         behavior = dataclasses.replace(behavior, imagine=3, entropy=1e-2)
         weights, rate = LossWeights(rec=20.0, reward=20.0), 4e-3
     if name == "Pixels":
+        latent = LatentConfig(8, 8)
         behavior = dataclasses.replace(behavior, imagine=6, entropy=1e-2)
-        weights, rate = LossWeights(rec=200.0, reward=20.0), 4e-3
+        weights, rate = LossWeights(rec=500.0, reward=20.0), 3e-3
     model = WorldModelConfig(core, latent, codec, units=32, bins=41, horizon=HORIZON)
     agent = AgentConfig(model, behavior, weights, OptimConfig(rate, warmup_steps=50))
     replay = ReplayConfig(capacity=20_000, batch_size=8, batch_length=16, train_ratio=32)
@@ -84,7 +85,7 @@ def learn(name: str, updates: int, **options: int) -> tuple[train.Program, train
         ("Memory", 4000, {}),
         ("Credit", 800, {}),
         ("Reach", 4000, {}),
-        ("Pixels", 5200, {"cell": 1}),
+        ("Pixels", 4000, {"cell": 1}),
         ("Dials", 2400, {}),
         ("Mixed", 720, {"cell": 1}),
     ],
