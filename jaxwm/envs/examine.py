@@ -14,8 +14,6 @@ import numpy as np
 from jaxwm.envs import check, wrappers
 from jaxwm.types import Box, Discrete, Env, JaxwmError, Key, Space, Step, as_dict
 
-FLAGS = ("is_first", "is_last", "is_terminal")
-
 
 class Examination(NamedTuple):
     """What came out of it.
@@ -88,14 +86,13 @@ def _examine(env: Env, count: int, steps: int, seed: int) -> Examination:
             "Compiled twice, it does something else with the same keys: it draws from Python's or "
             "numpy's random numbers, or reads the clock or a global. Use the key it is given."
         )
-    notes = [*_seldom_meant(env, whole, others)]
+    notes = _seldom_meant(whole, others)
 
     ended = whole.is_last.sum()
     returns, lengths = _episodes(whole)
     if ended == 0:
         notes.append(f"No episode ended within {steps} steps: give it a time limit.")
-    state = jax.eval_shape(env.reset, key_reset)[0]
-    row = jax.eval_shape(env.reset, key_reset)[1]
+    state, row = jax.eval_shape(env.reset, key_reset)
     return Examination(
         tuple(faults),
         tuple(notes),
@@ -118,14 +115,10 @@ def random_actions(env: Env, key: Key, lead: tuple[int, ...]) -> Any:
                 jnp.asarray(space.classes).reshape(space.shape if _several(space) else ()), shape
             )
             return jax.random.randint(key, shape, 0, classes)
-        low, high = (
-            np.asarray(bound, np.float32).reshape(space.shape if isinstance(bound, tuple) else ())
-            for bound in (space.low, space.high)
-        )
+        low, high = wrappers.bounds(space)
         low, high = np.where(np.isfinite(low), low, -1), np.where(np.isfinite(high), high, 1)
-        share = jax.random.uniform(key, shape)
         low, high = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), shape) for x in (low, high))
-        return low + share * (high - low)
+        return low + jax.random.uniform(key, shape) * (high - low)
 
     spaces = as_dict(env.action_space)
     keys = dict(zip(spaces, jax.random.split(key, len(spaces)), strict=True))
@@ -192,9 +185,7 @@ def _box(what: str, space: Box, value: np.ndarray) -> list[str]:
             f"{what} holds NaN or infinity, first in step {where[0]} of environment {where[1]}. "
             "Look for a division by zero, a root of a negative number, or a diverging simulation."
         ]
-    shape = lambda bound: space.shape if isinstance(bound, tuple) else ()  # noqa: E731
-    low = np.asarray(space.low, np.float64).reshape(shape(space.low))
-    high = np.asarray(space.high, np.float64).reshape(shape(space.high))
+    low, high = wrappers.bounds(space)
     slack = 1e-5 * np.maximum(1, np.abs(value))
     outside = (value < low - slack) & ~np.isneginf(value) | (value > high + slack)
     if np.any(outside):
@@ -205,7 +196,7 @@ def _box(what: str, space: Box, value: np.ndarray) -> list[str]:
     return []
 
 
-def _seldom_meant(env: Env, rows: Step, others: Step) -> list[str]:
+def _seldom_meant(rows: Step, others: Step) -> list[str]:
     """Notes on what learning can do nothing with."""
     notes = []
     starts = {name: np.asarray(value)[0] for name, value in rows.obs.items()}
@@ -221,7 +212,7 @@ def _seldom_meant(env: Env, rows: Step, others: Step) -> list[str]:
     size = np.abs(np.nan_to_num(np.asarray(rows.reward)))
     if size.max() == 0:
         notes.append("Random actions never earned a reward: nothing to learn from at first.")
-    elif size.max() > 1e4 or size[size > 0].max() < 1e-4:
+    elif not 1e-4 <= size.max() <= 1e4:
         notes.append(
             f"Rewards are as large as {size.max():.3g}: units between 0.01 and 1000 are learned "
             "best (wrappers.scale_reward)."

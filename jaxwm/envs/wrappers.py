@@ -335,7 +335,7 @@ def normalize_action(env: Env) -> Env:
     inner = env.action_space
     named = inner if isinstance(inner, dict) else {"action": inner}
     for name, space in named.items():
-        if isinstance(space, Box) and not np.isfinite([*_bounds(space)]).all():
+        if isinstance(space, Box) and not np.isfinite([*bounds(space)]).all():
             raise JaxwmError(
                 f"Action {name!r} of {env.name} has an infinite bound (low {space.low}, high "
                 f"{space.high}), so it cannot be scaled to [-1, 1]. Give its Box finite bounds, "
@@ -350,7 +350,7 @@ def normalize_action(env: Env) -> Env:
     def rescale(space, value):
         if not isinstance(space, Box):
             return value
-        low, high = _bounds(space)
+        low, high = bounds(space)
         value = jnp.clip(value, -1.0, 1.0)
         return (low + (value + 1.0) / 2.0 * (high - low)).astype(space.dtype)
 
@@ -365,8 +365,8 @@ def normalize_action(env: Env) -> Env:
     return env._replace(action_space=outer, reset=reset, step=step)
 
 
-def _bounds(space: Box) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper bounds of a box, each of its shape."""
+def bounds(space: Box) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper bounds of a box, float32 arrays of its shape."""
 
     def fill(bound):
         flat = np.asarray(bound, np.float32)
