@@ -22,7 +22,7 @@ from jaxwm.types import JaxwmError, Params
 CONFIG = "config.json"
 KEPT = 2
 # These may change from one part of a run to the next.
-FREE = ("steps", "eval_episodes", "log_every", "save_every")
+FREE = ("steps", "eval_episodes", "log_every", "save_every", "host")
 _FOLDER = "checkpoints"
 _PARTS = ("params", "rest", "manifest")
 
@@ -96,7 +96,7 @@ def restore(run: Path, like: Any, config: RunConfig) -> Any:
 
     Args:
       run: the run's folder.
-      like: the shapes of the state, `jax.eval_shape(program.init)`.
+      like: the shapes of the state, `program.shapes()`.
       config: what the run is now; it may differ from the stored one in `FREE` entries.
 
     Returns:

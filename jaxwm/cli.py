@@ -1,4 +1,4 @@
-"""The command line: `jaxwm train`, `resume`, `eval`, `plot` and `envs`.
+"""The command line: `jaxwm train`, `resume`, `eval`, `plot`, `compare` and `envs`.
 
 Bad input is told in one paragraph, with exit code 2. jax is imported only once a command needs
 it, so that help and typing errors do not wait for it.
@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import json
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ commands:
   resume RUN        go on with a run from its newest checkpoint
   eval RUN          play episodes with a trained agent
   plot RUN ...      draw the learning curves of runs
+  compare RUN ...   draw and judge runs beside the published curve of their task
   envs [SUITE]      list the environments
   envs check NAME   play random actions in one, and say what is wrong with it
 
@@ -120,6 +122,7 @@ def _train(words: list[str]) -> None:
                 "--preset NAME."
             )
         known.env = "SUITE/NAME"
+    _load_own(known.env)
     default = recipes()[recipe](known.env, known.size, known.variant, known.preset)
     config = _configure(recipe, default, words, parser.flags())
     from jaxwm.run import run
@@ -133,7 +136,7 @@ usage: jaxwm train RECIPE (--env NAME | --preset NAME) [options]
 Trains an agent, evaluates it and writes a summary.
 
 options:
-  --env NAME        the environment; `jaxwm envs` lists them
+  --env NAME        the environment; `jaxwm envs` lists them; or module:function of your own
   --preset NAME     a named configuration of the recipe, environment included
   --size NAME       size of the agent
   --variant NAME    where a paper and its code differ
@@ -152,7 +155,9 @@ def _resume(words: list[str]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--steps", type=int, help="environment steps to reach, if not as before")
     parser.add_argument("--tensorboard", action="store_true", help="write event files too")
+    parser.add_argument("--env", help=_OWN_HELP)
     known = parser.parse_all(words)
+    _load_own(known.env)
     from jaxwm.run import resume
 
     resume(known.run, known.steps, tensorboard=known.tensorboard)
@@ -163,12 +168,29 @@ def _eval(words: list[str]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--episodes", type=int, default=20, help="episodes to play (20)")
     parser.add_argument("--seed", type=int, help="other numbers play other episodes")
+    parser.add_argument("--env", help=_OWN_HELP)
     known = parser.parse_all(words)
+    _load_own(known.env)
     from jaxwm.checkpoint import read_config
     from jaxwm.run import evaluate_run, evaluation_lines
 
     returns = evaluate_run(known.run, known.episodes, known.seed)
     print("\n".join(evaluation_lines(returns, read_config(known.run).seed)))
+
+
+_OWN_HELP = "module:function, if the run is in an environment of your own"
+
+
+def _load_own(name: str | None) -> None:
+    """Imports the environment `module:function` that the user has typed, if it is one."""
+    if name is None or ":" not in name or "/" in name:
+        return
+    # As with `python -m`, modules are looked for in the present folder first.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    from jaxwm.envs import load
+
+    load(name)
 
 
 def _plot(words: list[str]) -> None:
@@ -180,6 +202,26 @@ def _plot(words: list[str]) -> None:
     from jaxwm.plot import learning_curve
 
     print(learning_curve(known.runs, known.out, known.metric))
+
+
+def _compare(words: list[str]) -> None:
+    parser = _Parser("compare", "draw and judge runs beside the published curve of their task")
+    runs = "folders of runs that differ in their seeds"
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=runs)
+    parser.add_argument("--task", help="the published task, if not that of the environment")
+    parser.add_argument("--method", default="dreamerv3", help="the published method (dreamerv3)")
+    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture's file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write numbers and verdict too")
+    known = parser.parse_all(words)
+    from jaxwm.evaluate.compare import compare
+    from jaxwm.plot import comparison
+
+    result = compare(known.runs, known.task, known.method)
+    picture = comparison(result, known.out)
+    if known.json is not None:
+        known.json.parent.mkdir(parents=True, exist_ok=True)
+        known.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", "utf-8")
+    print("\n".join([result.verdict.words, *result.caveats, str(picture)]))
 
 
 def _envs(words: list[str]) -> None:
@@ -210,11 +252,11 @@ def _check(words: list[str]) -> None:
     for flag, value in (("--envs", known.envs), ("--steps", known.steps)):
         if value < 1:
             raise UsageError(f"{flag} should be at least 1, not {value}.")
+    _load_own(known.name)
     from jaxwm.envs import make
-    from jaxwm.envs.examine import examine, load, report
+    from jaxwm.envs.examine import examine, report
 
-    own = ":" in known.name and "/" not in known.name
-    env = load(known.name) if own else make(known.name)
+    env = make(known.name)
     result = examine(env, known.envs, known.steps, known.seed)
     print(report(env, result))
     if result.faults:
@@ -226,6 +268,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "resume": _resume,
     "eval": _eval,
     "plot": _plot,
+    "compare": _compare,
     "envs": _envs,
 }
 

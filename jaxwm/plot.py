@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxwm.evaluate.compare import Comparison
 from jaxwm.log import read_metrics
 from jaxwm.types import Array, JaxwmError, nearest
 
@@ -60,6 +61,51 @@ def learning_curve(runs: Sequence[Path], path: Path, metric: str = "episode/retu
     axes.set_xlabel("environment steps")
     axes.set_ylabel(_LABELS.get(metric, metric))
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+    axes.set_xlim(left=0)
+    _clean(axes)
+    axes.legend(frameon=False, fontsize=10)
+    return _save(figure, path)
+
+
+def comparison(result: Comparison, path: Path) -> Path:
+    """Runs beside the published curve of their task, over frames of the simulator.
+
+    Grey is what was published: the line is the mean over seeds, the band one standard deviation
+    to each side of it. Thin lines are the runs' seeds, the thick one is their mean where all have
+    ended episodes. The dotted line stands at the frames at which they are compared.
+
+    Args:
+      result: from `evaluate.compare.compare`.
+      path: where the picture goes.
+
+    Returns:
+      `path`.
+
+    Raises:
+      JaxwmError: if the path's suffix is not that of a picture.
+    """
+    curve, color, seeds = result.curve, _COLORS[0], len(result.seeds)
+    figure = _figure(7.2, 4.2)
+    axes = figure.subplots()
+    low, high, most = curve.mean - curve.std, curve.mean + curve.std, curve.seeds.max()
+    axes.fill_between(curve.frames, low, high, color=_CONTEXT, alpha=0.25, linewidth=0)
+    about = f"mean ± standard deviation of {most} seeds" if most > 1 else "a single run"
+    label = f"{curve.method}, published ({about})"
+    axes.plot(curve.frames, curve.mean, color=_CONTEXT, linewidth=1.8, label=label)
+    for frames, values in zip(result.frames, result.returns, strict=True):
+        ended = np.isfinite(values)
+        thin = {"linewidth": 0.7, "alpha": 0.6} if seeds > 1 else {"linewidth": 2.2}
+        axes.plot(frames[ended], values[ended], color=color, marker=_dot(ended.sum()), **thin)
+    all_ended = np.isfinite(result.returns).all(0)
+    frames, mean = result.frames.min(0)[all_ended], result.returns[:, all_ended].mean(0)
+    label = f"{result.label} ({f'mean of {seeds} seeds' if seeds > 1 else 'one seed'})"
+    axes.plot(frames, mean, color=color, linewidth=2.2, label=label, marker=_dot(len(mean)))
+    if result.verdict.frames is not None:
+        axes.axvline(result.verdict.frames, color=_INK, linewidth=1, linestyle=(0, (1, 2)))
+    axes.set_title(curve.task, fontsize=11, loc="left", color=_INK)
+    axes.set_xlabel("frames")
+    axes.set_ylabel(_LABELS["episode/return"])
+    axes.xaxis.set_major_formatter(lambda frame, _: f"{frame:,.0f}")
     axes.set_xlim(left=0)
     _clean(axes)
     axes.legend(frameon=False, fontsize=10)
@@ -213,6 +259,11 @@ def _curves(run: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
         means = [value[mine & (index == i)].mean() for i in own]
         row[:] = np.interp(used, own, means, left=np.nan, right=np.nan)
     return steps, values
+
+
+def _dot(points: int | np.integer) -> str | None:
+    """The marker of a line, which one point alone needs to be seen."""
+    return "o" if points == 1 else None
 
 
 def _film(film: Any, name: str) -> np.ndarray:

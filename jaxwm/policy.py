@@ -23,6 +23,7 @@ from jaxwm.types import (
     Array,
     Box,
     Env,
+    HostEnv,
     JaxwmError,
     Key,
     Latent,
@@ -58,7 +59,7 @@ class Policy:
       seed: determines the random draws of latents and actions.
     """
 
-    def __init__(self, agent: Agent, params: Params, env: Env, seed: int = 0):
+    def __init__(self, agent: Agent, params: Params, env: Env | HostEnv, seed: int = 0):
         self.obs_space, self.action_space = env.obs_space, env.action_space
         self._agent, self._params, self._seed = agent, params, seed
 
@@ -130,7 +131,7 @@ def load(run: str | Path, seed: int = 0, member: int = 0) -> Policy:
     return Policy(agent, members[member], env, seed)
 
 
-def trained(run: Path, config: RunConfig) -> tuple[Agent, Env, list[Params]]:
+def trained(run: Path, config: RunConfig) -> tuple[Agent, Env | HostEnv, list[Params]]:
     """The agent of a run, its single environment, and the parameters of each of its seeds."""
     env = train.make_env(config)
     agent = make_agent(config.agent, env.obs_space, env.action_space)

@@ -102,7 +102,7 @@ class Replay(NamedTuple):
       add: `buffer, cursor, rows (N, ...), latents (N, ...) -> buffer, cursor`.
       sample: `buffer, cursor, key -> Window, cursor`.
       write_back: `buffer, window, latents (T, B) -> buffer`.
-      ready: `cursor -> bool`, whether enough windows are there to train.
+      warmup: rows of each environment from which on there are enough windows to train.
       nbytes: size of the buffer in bytes.
     """
 
@@ -110,7 +110,7 @@ class Replay(NamedTuple):
     add: Callable[..., tuple[Buffer, Cursor]]
     sample: Callable[..., tuple[Window, Cursor]]
     write_back: Callable[..., Buffer]
-    ready: Callable[[Cursor], Array]
+    warmup: int
     nbytes: int
 
 
@@ -184,12 +184,10 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
         deter = buffer.deter.at[at].set(latents.deter.astype(buffer.deter.dtype))
         return buffer._replace(deter=deter, stoch=buffer.stoch.at[at].set(stoch))
 
-    def ready(cursor: Cursor) -> Array:
-        # As many windows as the rows of a batch, as in the reference; both counts are bounded.
-        per_env = jnp.minimum(cursor.written, capacity) - length
-        return per_env >= max(1, -(-min(batch * length, count * (capacity - length)) // count))
-
-    return Replay(init, add, sample, write_back, ready, nbytes)
+    # As many windows as the rows of a batch, as in the reference, if the rings hold so many.
+    windows = min(batch * length, count * (capacity - length))
+    warmup = length + max(1, -(-windows // count))
+    return Replay(init, add, sample, write_back, warmup, nbytes)
 
 
 def read(

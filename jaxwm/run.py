@@ -20,13 +20,13 @@ from jaxwm import checkpoint, plot, train
 from jaxwm import config as configs
 from jaxwm.agent import Agent
 from jaxwm.config import require
-from jaxwm.envs import wrappers
+from jaxwm.envs.host import Pool
 from jaxwm.evaluate import rollout
 from jaxwm.log import Logger, read_metrics
 from jaxwm.policy import members_of, trained
 from jaxwm.recipes import RunConfig
 from jaxwm.report import SUMMARY, Summary, write_summary, write_versions
-from jaxwm.types import Env, JaxwmError, Params, is_image
+from jaxwm.types import Env, HostEnv, JaxwmError, Key, Params, is_image
 
 # A dream is pictured over at most so many rows, the first few of which the model sees.
 _ROWS, _CONTEXT, _TRIES = 50, 5, 8
@@ -72,16 +72,47 @@ def run(
         "--log-every.",
     )
     console = Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
-    like = jax.eval_shape(program.init)
+    like = program.shapes()
     console.print(_headline(config, program, like, folder))
 
+    with contextlib.ExitStack() as stack:
+        stack.callback(program.close)
+        params, step, updates, compile_seconds = _train(
+            program, config, folder, resume, tensorboard, console
+        )
+    env, members = train.make_env(config), members_of(params, config.seeds)
+    console.print("Trained. Evaluating, and drawing curve and dream.")
+    returns = evaluate(program.agent, env, members, config, config.eval_episodes)
+    lines = evaluation_lines(returns, config.seed) if returns.size else []
+    for line in lines:
+        console.print(line)
+    seconds = read_metrics(folder)[-1]["time"]
+    summary = Summary(folder, step, updates, returns, seconds, compile_seconds)
+    pictures = draw(folder, program.agent, env, members[0], config)
+    write_summary(config, summary, lines, pictures, program.replay.nbytes)
+    console.print(f"The summary is in {folder / SUMMARY}.")
+    return summary
+
+
+def _train(
+    program: train.Program,
+    config: RunConfig,
+    folder: Path,
+    resume: bool,
+    tensorboard: bool,
+    console: Console,
+) -> tuple[Params, int, int, float]:
+    """Parameters, environment steps, updates, and the seconds that compiling took."""
     start = time.monotonic()
     with _memory_in_words():
-        chunk = program.chunk.lower(like).compile()
-        state = checkpoint.restore(folder, like, config) if resume else program.init()
+        chunk = program.compile()
+        if resume:
+            state = program.resume(checkpoint.restore(folder, program.shapes(), config))
+        else:
+            state = program.init()
         jax.block_until_ready(state)
     compile_seconds = time.monotonic() - start
-    _check_rows(program, state.env.fault, "at the start of the run")
+    _check_rows(program, state, "at the start")
     step, updates = _counts(state, config)
     console.print(f"Compiled in {compile_seconds:.1f} s.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +127,10 @@ def run(
             state, metrics = chunk(state)
             metrics = jax.device_get(metrics)
             step, updates = _counts(state, config)
-            _check_rows(program, state.env.fault, f"before step {step}")
+            if isinstance(program.env, HostEnv) and program.fault(state):
+                # Faulty rows never entered this state, so it is worth keeping.
+                checkpoint.save(saver, step, state, config)
+            _check_rows(program, state, f"before step {step}")
             _check_losses(metrics, updates - before[1], step, config)
             capacity = config.replay.rows_per_env(config.envs)
             metrics["replay/size"] = min(step, capacity * config.envs)
@@ -105,20 +139,8 @@ def run(
             if step >= config.steps or step // config.save_every > before[0] // config.save_every:
                 checkpoint.save(saver, step, state, config)
 
-    params = state.agent.params
-    del state  # the replay's memory serves the evaluation
-    env, members = train.make_env(config), members_of(params, config.seeds)
-    console.print("Trained. Evaluating, and drawing curve and dream.")
-    returns = evaluate(program.agent, env, members, config.eval_episodes, config.seed)
-    lines = evaluation_lines(returns, config.seed) if returns.size else []
-    for line in lines:
-        console.print(line)
-    seconds = read_metrics(folder)[-1]["time"]
-    summary = Summary(folder, step, updates, returns, seconds, compile_seconds)
-    pictures = draw(folder, program.agent, env, members[0], config.seed)
-    write_summary(config, summary, lines, pictures, program.replay.nbytes)
-    console.print(f"The summary is in {folder / SUMMARY}.")
-    return summary
+    # The rest of the state goes: the replay's memory serves the evaluation.
+    return state.agent.params, step, updates, compile_seconds
 
 
 def resume(folder: Path, steps: int | None = None, **options: Any) -> Summary:
@@ -164,20 +186,39 @@ def evaluate_run(folder: Path, episodes: int, seed: int | None = None) -> np.nda
     require(episodes >= 1, f"An evaluation needs at least one episode, not {episodes}.")
     config = checkpoint.read_config(folder)
     agent, env, members = trained(folder, config)
-    return evaluate(agent, env, members, episodes, config.seed if seed is None else seed)
+    return evaluate(agent, env, members, config, episodes, seed)
 
 
-def evaluate(agent: Agent, env: Env, members: list[Params], episodes: int, seed: int) -> np.ndarray:
+def evaluate(
+    agent: Agent,
+    env: Env | HostEnv,
+    members: list[Params],
+    config: RunConfig,
+    episodes: int,
+    seed: int | None = None,
+) -> np.ndarray:
     """Returns (seeds, episodes) of the parameters of each seed; see `rollout.evaluate`.
 
+    Args:
+      agent: the agent.
+      env: a single environment.
+      members: the parameters of each seed.
+      config: the run.
+      episodes: episodes for each seed; with 0 there are no returns.
+      seed: determines episodes and actions; None is the run's.
+
     Raises:
-      JaxwmError: if the environment gives a NaN or an infinity.
+      JaxwmError: if the environment gives a NaN or an infinity, or fails.
     """
     if episodes == 0:
         return np.zeros((len(members), 0), np.float32)
-    play = jax.jit(lambda params, key: rollout.evaluate(agent, params, env, episodes, key))
-    key = jax.random.fold_in(jax.random.key(seed), _EVALUATION)
+    key = jax.random.fold_in(jax.random.key(config.seed if seed is None else seed), _EVALUATION)
     keys = [jax.random.fold_in(key, i) for i in range(len(members))]
+    if isinstance(env, HostEnv):
+        with _pool(env, min(episodes, config.envs), config, key) as pool:
+            play = rollout.host_evaluator(agent, pool, episodes)
+            return np.stack([play(p, k) for p, k in zip(members, keys, strict=True)])
+    play = jax.jit(lambda params, key: rollout.evaluate(agent, params, env, episodes, key))
     returns = np.stack([np.asarray(play(p, k)) for p, k in zip(members, keys, strict=True)])
     require(
         bool(np.isfinite(returns).all()),
@@ -185,6 +226,11 @@ def evaluate(agent: Agent, env: Env, members: list[Params], episodes: int, seed:
         "a diverging simulation. The checkpoints are kept.",
     )
     return returns
+
+
+def _pool(env: HostEnv, count: int, config: RunConfig, key: Key) -> Pool:
+    """Simulators for an evaluation, whose first episodes depend on a key."""
+    return Pool(env, count, config.host, int(jax.random.key_data(key)[-1]))
 
 
 def evaluation_lines(returns: np.ndarray, seed: int) -> list[str]:
@@ -196,15 +242,21 @@ def evaluation_lines(returns: np.ndarray, seed: int) -> list[str]:
     return [*lines, f"evaluation return: {_decimal(returns.mean())}"]
 
 
-def draw(folder: Path, agent: Agent, env: Env, params: Params, seed: int) -> dict[str, Path]:
+def draw(
+    folder: Path, agent: Agent, env: Env | HostEnv, params: Params, config: RunConfig
+) -> dict[str, Path]:
     """The learning curve, if an episode has ended, and a dream, as pictures in the folder."""
     pictures = {}
     if any("episode/return" in line for line in read_metrics(folder)):
         pictures["learning curve"] = plot.learning_curve([folder], folder / "curve.png")
-    key = jax.random.fold_in(jax.random.key(seed), _DREAM)
+    key = jax.random.fold_in(jax.random.key(config.seed), _DREAM)
     key_collect, key_dream = jax.random.split(key)
-    collect = jax.jit(lambda params, key: rollout.collect(agent, params, env, _ROWS, key, _TRIES))
-    steps = collect(params, key_collect)
+    if isinstance(env, HostEnv):
+        with _pool(env, min(_TRIES, config.envs), config, key) as pool:
+            steps = rollout.host_collect(agent, params, pool, _ROWS, key_collect)
+    else:
+        collect = lambda params, key: rollout.collect(agent, params, env, _ROWS, key, _TRIES)  # noqa: E731
+        steps = jax.jit(collect)(params, key_collect)
     # The sequence whose first episode is longest, up to the end of that episode.
     ends = np.asarray(steps.is_last)
     lengths = np.where(ends.any(0), ends.argmax(0) + 1, _ROWS)
@@ -277,17 +329,11 @@ def _check_resumable(folder: Path, config: RunConfig) -> None:
     )
 
 
-def _check_rows(program: train.Program, fault: Any, when: str) -> None:
-    """Raises an error if an environment has given a NaN or an infinity."""
-    fault = jax.tree.map(lambda x: np.atleast_1d(np.asarray(x)), fault)
-    for seed in range(program.seeds):
-        mine = jax.tree.map(lambda x, i=seed: x[i], fault)
-        message = wrappers.fault_message(program.env, mine)
-        if message:
-            which = f" (seed {seed} of {program.seeds})" if program.seeds > 1 else ""
-            raise JaxwmError(
-                f"The run was stopped {when}{which}: {message} Checkpoints made before are kept."
-            )
+def _check_rows(program: train.Program, state: train.TrainState, when: str) -> None:
+    """Raises an error if the environments have done something that ends the run."""
+    message = program.fault(state)
+    if message:
+        raise JaxwmError(f"The run was stopped {when}: {message} Checkpoints made before are kept.")
 
 
 def _check_losses(metrics: dict[str, Any], updates: int, step: int, config: RunConfig) -> None:

@@ -1,24 +1,45 @@
-"""Training: the whole experiment is one pytree, and a chunk of iterations one compiled program.
+"""Training: the whole experiment is one pytree, and two drivers take it through time.
 
 One iteration: the agent acts on the present rows, the rows go to the replay, the environments
-step, and as many updates follow as the train ratio has earned. `jax.vmap` over the state adds
-seeds; counters and replay cursor are the same for all seeds and stay unmapped, so that slice
-updates and loops keep their form.
+step, and as many updates follow as the train ratio has earned. Both drivers do this with the same
+`act` and `update`:
+
+- on the device, a chunk of iterations is one compiled program, environments included;
+- on the host, simulators step in worker processes while the device learns (`envs.host`).
+
+`jax.vmap` over the state adds seeds; counters and replay cursor are the same for all seeds and
+stay unmapped, so that slice updates and loops keep their form.
 """
 
 import functools
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxwm import envs
 from jaxwm.agent import Agent, AgentState, make_agent
 from jaxwm.envs import check, wrappers
+from jaxwm.envs.host import Pool, TooManyFaults, limit_and_repeat
 from jaxwm.recipes import RunConfig
 from jaxwm.replay import Buffer, Cursor, Replay, check_fits, replay
-from jaxwm.types import Array, Env, Int, Key, Latent, Metrics, Step, zeros
+from jaxwm.types import (
+    Action,
+    Array,
+    Env,
+    HostEnv,
+    Int,
+    Key,
+    Latent,
+    Metrics,
+    Params,
+    Step,
+    zeros,
+)
 
 
 class Clock(NamedTuple):
@@ -53,45 +74,67 @@ class TrainState(NamedTuple):
     clock: Clock
 
 
+class HostState(NamedTuple):
+    """What a run with simulators on the host keeps in place of their states."""
+
+    acting: Params  # the parameters that act, older than the newest by one round of updates
+
+
 class Program(NamedTuple):
-    """A run as pure functions over a `TrainState`.
+    """A run as functions over a `TrainState`.
 
     Attributes:
-      env: the batched environment.
+      env: the environment: batched on the device, or on the host.
       agent: the agent.
       replay: the replay.
+      shapes: `() -> TrainState` of shapes; nothing is allocated or opened.
       init: `() -> TrainState`; the key of the run's seed is an argument of the compiled code.
+      resume: `TrainState -> TrainState`, a restored one made ready to go on: simulators on the
+        host, whose states cannot be stored, begin new episodes.
       chunk: `TrainState -> TrainState, metrics`, `iterations` iterations; updates in place.
+      compile: `() -> chunk`, compiled before it is called.
+      fault: `TrainState -> str | None`, what the environments did wrong, if it ends the run.
+      close: lets go of simulators.
       iterations: iterations per chunk.
       seeds: number of seeds; with more than one every leaf but the clock leads with them.
     """
 
-    env: Env
+    env: Env | HostEnv
     agent: Agent
     replay: Replay
+    shapes: Callable[[], TrainState]
     init: Callable[[], TrainState]
-    chunk: Callable[[TrainState], tuple[TrainState, Metrics]]
+    resume: Callable[[TrainState], TrainState]
+    chunk: Any
+    compile: Callable[[], Callable[[TrainState], tuple[TrainState, Metrics]]]
+    fault: Callable[[TrainState], str | None]
+    close: Callable[[], None]
     iterations: int
     seeds: int
 
 
-def make_env(config: RunConfig) -> Env:
+def make_env(config: RunConfig) -> Env | HostEnv:
     """The single environment of a run, with its wrappers.
 
     Raises:
       JaxwmError: if there is no such environment, or it breaks the contract of `types.Env`.
     """
     env = envs.make(config.env)
-    if config.action_repeat > 1:
-        env = wrappers.action_repeat(env, config.action_repeat)
-    if config.time_limit:
-        env = wrappers.time_limit(env, config.time_limit)
+    if isinstance(env, HostEnv):
+        env = limit_and_repeat(env, config.time_limit, config.action_repeat)
+    else:
+        if config.action_repeat > 1:
+            env = wrappers.action_repeat(env, config.action_repeat)
+        if config.time_limit:
+            env = wrappers.time_limit(env, config.time_limit)
     check.validate(env)
     return env
 
 
-def build(config: RunConfig, iterations: int | None = None, single: Env | None = None) -> Program:
-    """The compiled program of a run; nothing is allocated or compiled before it is called.
+def build(
+    config: RunConfig, iterations: int | None = None, single: Env | HostEnv | None = None
+) -> Program:
+    """The program of a run; nothing is allocated, opened or compiled before it is called.
 
     Args:
       config: the run.
@@ -102,58 +145,262 @@ def build(config: RunConfig, iterations: int | None = None, single: Env | None =
       JaxwmError: if the agent cannot take the environment's spaces, or the device cannot hold
         the replay.
     """
-    env = wrappers.guard(wrappers.batch(single or make_env(config), config.envs))
+    env = single or make_env(config)
     agent = make_agent(config.agent, env.obs_space, env.action_space)
-    first_row = jax.eval_shape(env.reset, jax.random.key(0))[1]
-    latent = jax.eval_shape(lambda: agent.initial(config.envs))
-    memory = replay(config.replay, first_row, latent)
+    row = jax.eval_shape(lambda: _empty_row(env, config.envs))
+    memory = replay(config.replay, row, jax.eval_shape(lambda: agent.initial(config.envs)))
     check_fits(memory.nbytes * config.seeds)
     count = iterations or max(1, config.log_every // config.envs)
+    if isinstance(env, HostEnv):
+        return _on_host(config, env, agent, memory, count)
+    return _on_device(config, env, agent, memory, count)
 
-    def init(key: Key) -> TrainState:
+
+def _empty_row(env: Env | HostEnv, count: int) -> Step:
+    no = jnp.zeros((count,), bool)
+    return Step(
+        zeros(env.action_space, (count,)),
+        zeros(env.obs_space, (count,)),
+        jnp.zeros((count,)),
+        no,
+        no,
+        no,
+    )
+
+
+def _start(
+    config: RunConfig, agent: Agent, memory: Replay, reset: Callable[[Key], tuple[Any, Step]]
+) -> Callable[[Key], TrainState]:
+    """`key -> TrainState` at the beginning of a run, for one seed."""
+
+    def start(key: Key) -> TrainState:
         key_run, key_agent, key_env = jax.random.split(key, 3)
-        env_state, row = env.reset(key_env)
+        agent_state = agent.init(key_agent)
+        env_state, row = reset(key_env)
         buffer, cursor = memory.init()
         zero = jnp.zeros((), jnp.int32)
         return TrainState(
             key=key_run,
-            agent=agent.init(key_agent),
+            agent=agent_state,
             env=env_state,
-            row=row._replace(action=zeros(env.action_space, (config.envs,))),
+            row=row,
             carry=agent.initial(config.envs),
             buffer=buffer,
             episodes=Episodes(*(jnp.zeros((config.envs,)) for _ in range(2)), *_zeros(3)),
             clock=Clock(zero, zero, zero, cursor),
         )
 
+    return start
+
+
+def _keys(config: RunConfig) -> Any:
+    """The key of the run's seed, or one per seed."""
+    keys = [jax.random.key(config.seed + i) for i in range(config.seeds)]
+    return jnp.stack(keys) if config.seeds > 1 else keys[0]
+
+
+# Which parts of a state lead with the seeds.
+_AXES: Any = TrainState._make(None if name == "clock" else 0 for name in TrainState._fields)
+
+
+def _on_device(config: RunConfig, single: Env, agent: Agent, memory: Replay, count: int) -> Program:
+    """The driver that keeps everything on the device: a chunk is one compiled program."""
+    env = wrappers.guard(wrappers.batch(single, config.envs))
+
+    def reset(key: Key) -> tuple[Any, Step]:
+        state, row = env.reset(key)
+        return state, row._replace(action=zeros(env.action_space, (config.envs,)))
+
     iterate = _iteration(config, env, agent, memory)
 
     def chunk(state: TrainState) -> tuple[TrainState, Metrics]:
         episodes = state.episodes._replace(**dict(zip(SUMS, _zeros(3), strict=True)))
-        update_shapes = jax.eval_shape(lambda s: _one_update(s, agent, memory)[1], state)
-        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), update_shapes)
+        sums = _no_sums(state, agent, memory)
         before = state.clock.updates
         carry = (state._replace(episodes=episodes), sums)
         (state, sums), _ = jax.lax.scan(lambda c, _: (iterate(*c), None), carry, None, count)
-        made = state.clock.updates - before
-        metrics = {name: total / jnp.maximum(made, 1) for name, total in sums.items()}
-        # No update, no losses: NaN says "nothing to report".
-        metrics = {name: jnp.where(made > 0, x, jnp.nan) for name, x in metrics.items()}
-        ended = state.episodes.ended
-        metrics["episode/return"] = state.episodes.sum_return / ended
-        metrics["episode/length"] = state.episodes.sum_length / ended
-        metrics["episode/count"] = ended
-        return state, metrics
+        return state, _metrics(sums, state.clock.updates - before, state.episodes)
 
-    keys = [jax.random.key(config.seed + i) for i in range(config.seeds)]
-    key = keys[0]
+    def fault(state: TrainState) -> str | None:
+        return _seed_fault(env, state.env.fault, config.seeds)
+
+    init = _start(config, agent, memory, reset)
     if config.seeds > 1:
-        key = jnp.stack(keys)
-        axes: Any = TrainState._make(None if name == "clock" else 0 for name in TrainState._fields)
-        init = jax.vmap(init, out_axes=axes)
-        chunk = jax.vmap(chunk, in_axes=(axes,), out_axes=(axes, 0))
-    start, go = functools.partial(jax.jit(init), key), jax.jit(chunk, donate_argnums=0)
-    return Program(env, agent, memory, start, go, count, config.seeds)
+        init = jax.vmap(init, out_axes=_AXES)
+        chunk = jax.vmap(chunk, in_axes=(_AXES,), out_axes=(_AXES, 0))
+    start, go = functools.partial(jax.jit(init), _keys(config)), jax.jit(chunk, donate_argnums=0)
+    shapes = functools.partial(jax.eval_shape, start)
+    return Program(
+        env=env,
+        agent=agent,
+        replay=memory,
+        shapes=shapes,
+        init=start,
+        resume=lambda state: state,
+        chunk=go,
+        compile=lambda: go.lower(shapes()).compile(),
+        fault=fault,
+        close=lambda: None,
+        iterations=count,
+        seeds=config.seeds,
+    )
+
+
+def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, count: int) -> Program:
+    """The driver for simulators on the host, which step while the device learns.
+
+    Acting must not wait for learning, so it uses the parameters from before the newest round of
+    updates, and the replay and that round are left to a thread of their own: jax runs what one
+    thread asks for in order, but the work of several side by side where the device can. Which
+    parameters act when depends on counters alone, never on how fast anything was, and so does the
+    train ratio.
+    """
+    many = config.seeds > 1
+    earned, price = config.replay.updates_per_iteration(config.envs).as_integer_ratio()
+
+    def act(
+        params: Params, carry: Latent, row: Step, key: Key, iteration: Array
+    ) -> tuple[Latent, Action]:
+        key_act, _ = jax.random.split(jax.random.fold_in(key, 2 * iteration))
+        return agent.act(params, carry, row, key_act)
+
+    def learn(
+        params: Params, key: Key, rest: TrainState, sums: Metrics, due: Array
+    ) -> tuple[Params, TrainState, Metrics]:
+        state = rest._replace(agent=rest.agent._replace(params=params), key=key)
+        state, sums = _learn(state, sums, due, agent, memory)
+        return state.agent.params, _without_acting(state), sums
+
+    start = _start(config, agent, memory, lambda key: ((), _empty_row(env, config.envs)))
+    no_sums = functools.partial(_no_sums, agent=agent, memory=memory)
+    add: Any = memory.add
+    if many:
+        start = jax.vmap(start, out_axes=_AXES)
+        no_sums = jax.vmap(no_sums, in_axes=(_AXES,))
+        act = jax.vmap(act, in_axes=(0, 0, 0, 0, None))
+        add = jax.vmap(add, in_axes=(0, None, 0, 0), out_axes=(0, None))
+        learn = jax.vmap(learn, in_axes=(0, 0, _AXES, 0, None), out_axes=(0, _AXES, 0))
+    start, no_sums = functools.partial(jax.jit(start), _keys(config)), jax.jit(no_sums)
+    jits = (jax.jit(act), jax.jit(add, donate_argnums=0), jax.jit(learn, donate_argnums=(2, 3)))
+    opened: list[Pool] = []
+
+    def close() -> None:
+        while opened:
+            opened.pop().close()
+
+    def rows(row: Step) -> Step:
+        """The pool's rows, with an axis of seeds if there is one."""
+        if not many:
+            return row
+        return jax.tree.map(lambda x: x.reshape(config.seeds, config.envs, *x.shape[1:]), row)
+
+    def resume(state: TrainState) -> TrainState:
+        close()
+        seed = np.random.SeedSequence((config.seed, int(state.clock.iteration)))
+        opened.append(
+            Pool(env, config.seeds * config.envs, config.host, int(seed.generate_state(1)[0]))
+        )
+        episodes = jax.tree.map(np.zeros_like, jax.device_get(state.episodes))
+        acting = HostState(state.agent.params)
+        return state._replace(env=acting, row=rows(opened[0].reset()), episodes=episodes)
+
+    def shapes() -> TrainState:
+        like = jax.eval_shape(start)
+        return like._replace(env=HostState(like.agent.params))
+
+    def chunk_of(act: Any, add: Any, learn: Any) -> Any:
+        def chunk(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+            pool, begun, waited = opened[0], time.perf_counter(), 0.0
+            clock = jax.tree.map(int, jax.device_get(state.clock))
+            iteration, credit, updates = clock.iteration, clock.credit, clock.updates
+            row, carry, acting = state.row, state.carry, state.env.acting
+            nothing = np.zeros((config.seeds,) if many else (), np.float32)
+            episodes = state.episodes._replace(**dict.fromkeys(SUMS, nothing))
+            params, rest, sums = state.agent.params, _without_acting(state), no_sums(state)
+
+            def store(row: Step, carry: Latent) -> None:
+                nonlocal rest
+                buffer, cursor = add(rest.buffer, rest.clock.cursor, row, carry)
+                rest = rest._replace(buffer=buffer, clock=rest.clock._replace(cursor=cursor))
+
+            def improve(due: int) -> Params:
+                nonlocal params, rest, sums
+                params, rest, sums = learn(params, state.key, rest, sums, np.int32(due))
+                return jax.block_until_ready(params)
+
+            with ThreadPoolExecutor(1, "learner") as learner:
+                jobs, newest = [], None
+                for _ in range(count):
+                    carry, action = act(acting, carry, row, state.key, np.int32(iteration))
+                    action = jax.device_get(action)
+                    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), action)
+                    pool.send(flat if many else action)
+                    jobs.append(learner.submit(store, row, carry))
+                    iteration += 1
+                    credit = credit + earned if iteration >= memory.warmup else 0
+                    due, credit = divmod(credit, price)
+                    if due:
+                        acting = newest.result() if newest else params
+                        newest = learner.submit(improve, due)
+                        jobs.append(newest)
+                        updates += due
+                    paused = time.perf_counter()
+                    try:
+                        row = rows(pool.receive())
+                    except TooManyFaults:
+                        break
+                    waited += time.perf_counter() - paused
+                    episodes = _count_episodes(episodes, row, np)
+                for job in jobs:
+                    job.result()  # raises what went wrong in the other thread
+            state = rest._replace(
+                key=state.key,
+                agent=rest.agent._replace(params=params),
+                env=HostState(acting),
+                row=row,
+                carry=carry,
+                episodes=jax.tree.map(np.float32, episodes),
+                clock=rest.clock._replace(iteration=jnp.int32(iteration), credit=jnp.int32(credit)),
+            )
+            metrics = _metrics(jax.device_get(sums), updates - clock.updates, episodes, np)
+            metrics["host/waiting"] = waited / (time.perf_counter() - begun)
+            metrics["host/faults"] = sum(pool.faults.values())
+            return state, metrics
+
+        return chunk
+
+    def compile_chunk() -> Any:
+        like = shapes()
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        rest, sums = _without_acting(like), jax.eval_shape(no_sums, like)
+        params, cursor = like.agent.params, like.clock.cursor
+        arguments = (
+            (params, like.carry, like.row, like.key, number),
+            (like.buffer, cursor, like.row, like.carry),
+            (params, like.key, rest, sums, number),
+        )
+        return chunk_of(*(f.lower(*a).compile() for f, a in zip(jits, arguments, strict=True)))
+
+    return Program(
+        env=env,
+        agent=agent,
+        replay=memory,
+        shapes=shapes,
+        init=lambda: resume(start()),
+        resume=resume,
+        chunk=chunk_of(*jits),
+        compile=compile_chunk,
+        fault=lambda state: opened[0].failure,
+        close=close,
+        iterations=count,
+        seeds=config.seeds,
+    )
+
+
+def _without_acting(state: TrainState) -> TrainState:
+    """What learning changes in place: all but what acting reads at the same time."""
+    agent = state.agent._replace(params=())
+    return state._replace(key=(), agent=agent, env=(), row=(), carry=(), episodes=())
 
 
 SUMS = ("ended", "sum_return", "sum_length")
@@ -161,6 +408,25 @@ SUMS = ("ended", "sum_return", "sum_length")
 
 def _zeros(count: int) -> list[Array]:
     return [jnp.zeros(()) for _ in range(count)]
+
+
+def _no_sums(state: TrainState, agent: Agent, memory: Replay) -> Metrics:
+    """Zeros to add the metrics of updates to."""
+    like = jax.eval_shape(lambda s: _one_update(s, agent, memory)[1], state)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+
+def _metrics(sums: dict[str, Any], made: Any, episodes: Any, xp: Any = jnp) -> dict[str, Any]:
+    """Means over a chunk, from sums over its updates and its ended episodes, in jax or numpy."""
+    with np.errstate(invalid="ignore"):
+        means = {name: total / xp.maximum(made, 1) for name, total in sums.items()}
+        # No update, no losses: NaN says "nothing to report".
+        means = {name: xp.where(made > 0, x, xp.nan) for name, x in means.items()}
+        return means | {
+            "episode/return": episodes.sum_return / episodes.ended,
+            "episode/length": episodes.sum_length / episodes.ended,
+            "episode/count": episodes.ended,
+        }
 
 
 def _iteration(
@@ -173,17 +439,11 @@ def _iteration(
     def iterate(state: TrainState, sums: Metrics) -> tuple[TrainState, Metrics]:
         state = _act(state, env, agent, memory)
         clock = state.clock
-        ready = memory.ready(clock.cursor)
+        ready = clock.cursor.written >= memory.warmup
         credit = jnp.where(ready, clock.credit + earned, 0)
         due = credit // price
         state = state._replace(clock=clock._replace(credit=credit - due * price))
-
-        def learn(_: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-            state, sums = carry
-            state, metrics = _one_update(state, agent, memory)
-            return state, jax.tree.map(jnp.add, sums, metrics)
-
-        return jax.lax.fori_loop(0, due, learn, (state, sums))
+        return _learn(state, sums, due, agent, memory)
 
     return iterate
 
@@ -207,6 +467,19 @@ def _act(state: TrainState, env: Env, agent: Agent, memory: Replay) -> TrainStat
     )
 
 
+def _learn(
+    state: TrainState, sums: Metrics, due: Array, agent: Agent, memory: Replay
+) -> tuple[TrainState, Metrics]:
+    """Makes the updates that are due, and adds up their metrics."""
+
+    def once(_: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+        state, sums = carry
+        state, metrics = _one_update(state, agent, memory)
+        return state, jax.tree.map(jnp.add, sums, metrics)
+
+    return jax.lax.fori_loop(0, due, once, (state, sums))
+
+
 def _one_update(state: TrainState, agent: Agent, memory: Replay) -> tuple[TrainState, Metrics]:
     """Samples a batch, updates the agent, writes the fresh latents back."""
     clock = state.clock
@@ -222,14 +495,25 @@ def _one_update(state: TrainState, agent: Agent, memory: Replay) -> tuple[TrainS
     return state, metrics
 
 
-def _count_episodes(episodes: Episodes, row: Step) -> Episodes:
-    reward = jnp.where(row.is_first, 0.0, episodes.reward) + row.reward
-    length = jnp.where(row.is_first, 0.0, episodes.length + 1)
+def _count_episodes(episodes: Any, row: Any, xp: Any = jnp) -> Episodes:
+    """The account of episodes after some rows (..., B), in jax or numpy."""
+    reward = xp.where(row.is_first, 0.0, episodes.reward) + row.reward
+    length = xp.where(row.is_first, 0.0, episodes.length + 1)
     last = row.is_last
     return Episodes(
         reward,
         length,
-        episodes.ended + last.sum(),
-        episodes.sum_return + jnp.where(last, reward, 0.0).sum(),
-        episodes.sum_length + jnp.where(last, length, 0.0).sum(),
+        episodes.ended + last.sum(-1),
+        episodes.sum_return + xp.where(last, reward, 0.0).sum(-1),
+        episodes.sum_length + xp.where(last, length, 0.0).sum(-1),
     )
+
+
+def _seed_fault(env: Env, fault: wrappers.Fault, seeds: int) -> str | None:
+    """What `wrappers.guard` met in the first seed that has met anything."""
+    fault = jax.tree.map(lambda x: np.atleast_1d(np.asarray(x)), fault)
+    for seed in range(seeds):
+        message = wrappers.fault_message(env, jax.tree.map(lambda x, i=seed: x[i], fault))
+        if message:
+            return f"(seed {seed} of {seeds}) {message}" if seeds > 1 else message
+    return None

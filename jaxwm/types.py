@@ -25,7 +25,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -174,6 +174,47 @@ class Env(NamedTuple):
     step: Callable[[Any, Any, Key], tuple[Any, Step]]
 
 
+class Simulator(Protocol):
+    """One environment on the host, in numpy. It knows nothing of batches, never resets itself.
+
+    It may raise, hang or take its process down with it: `envs.host` deals with that.
+    """
+
+    def reset(self, seed: int | None) -> dict[str, Any]:
+        """Begins an episode; returns its first observation. `seed` None: go on at random."""
+        ...
+
+    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool]:
+        """Observation, reward, whether the episode ended for good, whether it was cut."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of windows, files and memory."""
+        ...
+
+
+class HostEnv(NamedTuple):
+    """An environment that steps on the host: what it takes and gives, and how to make one.
+
+    `envs.host.Pool` steps many of them in worker processes. Both functions travel there by
+    cloudpickle.
+
+    Attributes:
+      name: for people.
+      obs_space: the space of each observation.
+      action_space: one space or a dict of them; boxes are float32 in [-1, 1].
+      open: makes one simulator.
+      batch: makes `count` simulators that step as one (`envs.host.Batch`), where the package has
+        its own way to step many; None: one after the other.
+    """
+
+    name: str
+    obs_space: ObsSpace
+    action_space: ActionSpace
+    open: Callable[[], Simulator]
+    batch: Callable[[int], Any] | None = None
+
+
 class Latent(NamedTuple):
     """The state of a recurrent state-space model; leading axes (), (B,), (T, B) or (H+1, N)."""
 
@@ -242,6 +283,7 @@ __all__ = [
     "Discrete",
     "Env",
     "Float",
+    "HostEnv",
     "Int",
     "JaxwmError",
     "Key",
@@ -250,6 +292,7 @@ __all__ = [
     "ObsSpace",
     "Params",
     "PyTree",
+    "Simulator",
     "Space",
     "Step",
     "WorldModel",

@@ -32,7 +32,7 @@ HOMES = {
     "tensorboardX": ("log",),
     "gymnax": ("envs.gymnax",),
     "brax": ("envs.brax",),
-    "mujoco": ("envs.brax", "envs.playground"),
+    "mujoco": ("envs.brax", "envs.dm_control", "envs.playground"),
     "mujoco_playground": ("envs.playground",),
     "craftax": ("envs.craftax",),
     "gymnasium": ("envs.gymnasium",),

@@ -134,13 +134,13 @@ def test_a_broken_environment_stops_the_run(tiny, still, tmp_path, monkeypatch, 
     assert not (folder / "SUMMARY.md").exists()
 
 
-def test_a_broken_evaluation_is_told(monkeypatch):
+def test_a_broken_evaluation_is_told(tiny, monkeypatch):
     env = breaking(1)
     agent = make_agent(dreamer_v3.agent("debug"), env.obs_space, env.action_space)
     monkeypatch.setattr(rollout, "evaluate", lambda *args: jnp.full((2,), jnp.nan))
     with pytest.raises(JaxwmError, match=r"test/Breaking gave a NaN .* in the evaluation"):
-        evaluate(agent, env, [{}], 2, seed=0)
-    assert evaluate(agent, env, [{}, {}], 0, seed=0).shape == (2, 0)
+        evaluate(agent, env, [{}], tiny, 2)
+    assert evaluate(agent, env, [{}, {}], tiny, 0).shape == (2, 0)
 
 
 def test_a_diverged_training_is_told(tiny):

@@ -1,17 +1,44 @@
 """Environments by name: `make("gymnax/CartPole-v1")`.
 
 A name is `suite/environment`. Each suite is one module with `make` and `names`, and imports
-its package only when one of its environments is made.
+its package only when one of its environments is made. Environments of one's own go by
+`module:function` once `load` has imported them.
 """
 
+import importlib
 from typing import Any
 
-from jaxwm.envs import brax, gymnax, toy
+from jaxwm.envs import (
+    atari,
+    brax,
+    craftax,
+    crafter,
+    dm_control,
+    envpool,
+    gymnasium,
+    gymnax,
+    playground,
+    toy,
+)
 from jaxwm.envs.check import validate
-from jaxwm.types import Env, JaxwmError, nearest
+from jaxwm.types import Env, HostEnv, JaxwmError, nearest
 
-SUITES = {"brax": brax, "gymnax": gymnax, "toy": toy}
-PACKAGES = {"brax": "brax", "gymnax": "gymnax six"}
+SUITES: dict[str, Any] = {
+    "atari": atari,
+    "brax": brax,
+    "craftax": craftax,
+    "crafter": crafter,
+    "dm_control": dm_control,
+    "envpool": envpool,
+    "gymnasium": gymnasium,
+    "gymnax": gymnax,
+    "playground": playground,
+    "toy": toy,
+}
+# Suites whose packages jaxwm does not bring along: the extras that do.
+EXTRAS = ("atari", "craftax", "crafter", "dm_control", "envpool", "playground")
+# Environments of the user's own, by the names under which `load` found them.
+OWN: dict[str, Env | HostEnv] = {}
 
 
 def names() -> dict[str, list[str]]:
@@ -26,11 +53,12 @@ def names() -> dict[str, list[str]]:
     return {suite: of(module) for suite, module in SUITES.items()}
 
 
-def make(name: str, **options: Any) -> Env:
+def make(name: str, **options: Any) -> Env | HostEnv:
     """A single environment by name, with actions in [-1, 1] and its usual time limit.
 
     Args:
-      name: `suite/environment`, such as "toy/Memory" or "gymnax/CartPole-v1".
+      name: `suite/environment`, such as "toy/Memory" or "gymnasium/CartPole-v1"; or the
+        `module:function` of an environment that `load` has imported.
       options: passed on to the suite.
 
     Returns:
@@ -39,7 +67,14 @@ def make(name: str, **options: Any) -> Env:
     Raises:
       JaxwmError: if the name is unknown, or the package of its suite is not installed.
     """
+    if name in OWN:
+        return OWN[name]
     suite, slash, rest = name.partition("/")
+    if is_own(name):
+        raise JaxwmError(
+            f"{name} would import the module {suite.partition(':')[0]}, which happens only where "
+            "you name it yourself: give --env, or call jaxwm.envs.load first."
+        )
     if not slash:
         known = [f"{suite}/{env}" for suite, envs in names().items() for env in envs]
         raise nearest(name, known, "environment")
@@ -48,10 +83,74 @@ def make(name: str, **options: Any) -> Env:
     try:
         return SUITES[suite].make(rest, **options)
     except ModuleNotFoundError as error:
+        # jaxwm depends on the packages of the other suites; they are missing only by accident.
+        package = f"'jaxwm[{suite}]'" if suite in EXTRAS else error.name
         raise JaxwmError(
             f"{name} needs the package {error.name!r}, which is not installed. "
-            f"Install it: pip install {PACKAGES[suite]}"
+            f"Install it: pip install {package}"
         ) from error
 
 
-__all__ = ["SUITES", "make", "names", "validate"]
+def is_own(name: str) -> bool:
+    """Whether a name has the form `module:function`, for an environment of the user's own."""
+    return ":" in name and "/" not in name
+
+
+def load(name: str) -> Env | HostEnv:
+    """Imports an environment of the user's own, and lets `make` find it from then on.
+
+    Importing runs the module's code, so this is for names typed by the user, never for names
+    read from a file.
+
+    Args:
+      name: `module:attribute`, importable: a function without arguments (or a class) that gives
+        a `types.Env`, a `types.HostEnv` or a Gymnasium environment.
+
+    Returns:
+      The environment.
+
+    Raises:
+      JaxwmError: if there is no such module or attribute, or it gives something else.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise JaxwmError(
+            f"{name} is not there: {error}. Give module:function, from a folder that Python "
+            "searches (PYTHONPATH)."
+        ) from None
+    OWN[name] = own(factory, name)
+    return OWN[name]
+
+
+def own(factory: Any, name: str | None = None) -> Env | HostEnv:
+    """An environment of the user's own, ready to be trained in.
+
+    Args:
+      factory: a function without arguments (or a class) that gives a `types.Env`, a
+        `types.HostEnv` or a Gymnasium environment. In the last case every worker process calls
+        it, so it must not refer to anything that cannot be pickled.
+      name: for people; by default the factory's own.
+
+    Raises:
+      JaxwmError: if it raises, or gives something else.
+    """
+    name = str(name or getattr(factory, "__name__", "environment"))
+    if not callable(factory):
+        raise JaxwmError(f"{name} is {factory!r}, but a function or a class is expected.")
+    try:
+        made = factory()
+    except Exception as error:
+        raise JaxwmError(f"{name} cannot be made: {type(error).__name__}: {error}") from error
+    if isinstance(made, Env | HostEnv):
+        return made
+    if not (callable(getattr(made, "reset", None)) and callable(getattr(made, "step", None))):
+        raise JaxwmError(
+            f"{name} returns {type(made).__name__}, but a jaxwm.types.Env, a HostEnv or a "
+            "Gymnasium environment is expected."
+        )
+    return gymnasium.adapt(name, factory)
+
+
+__all__ = ["EXTRAS", "OWN", "SUITES", "load", "make", "names", "own", "validate"]

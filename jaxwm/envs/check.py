@@ -1,7 +1,9 @@
-"""Does a single environment keep its promises? Checked on the host, before anything runs.
+"""Does a single environment keep its promises? Checked before anything runs.
 
-`validate` traces `reset` and `step` without computing anything and compares what would come
-out with the declared spaces. NaN and infinity show only in a run: see `wrappers.guard`.
+`validate` looks at the spaces. Of an environment on the device it also traces `reset` and `step`
+without computing anything and compares what would come out with the spaces; NaN and infinity show
+only in a run: see `wrappers.guard`. What simulators on the host give is compared with their
+spaces row by row: see `envs.worker`.
 """
 
 from typing import Any
@@ -10,12 +12,22 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxwm.types import ActionSpace, Box, Discrete, Env, JaxwmError, Space, Step, zeros
+from jaxwm.types import (
+    ActionSpace,
+    Box,
+    Discrete,
+    Env,
+    HostEnv,
+    JaxwmError,
+    Space,
+    Step,
+    zeros,
+)
 
 RESERVED = ("action", "continue", "is_first", "is_last", "is_terminal", "reward")
 
 
-def validate(env: Env) -> None:
+def validate(env: Env | HostEnv) -> None:
     """Raises an error that says what is wrong with a single environment, if anything is.
 
     Args:
@@ -43,6 +55,8 @@ def validate(env: Env) -> None:
         _check_space(fail, name, space)
         if isinstance(space, Box) and space.dtype != "float32":
             fail(f"{name} is a Box of {space.dtype}. Use float32, or Discrete for integers.")
+    if isinstance(env, HostEnv):
+        return
 
     key = jax.random.key(0)
     state, start = _trace(fail, "reset", env.reset, key)

@@ -1,9 +1,10 @@
 """What an environment does when it is run: faults in words, notes, speed and size.
 
-`check.validate` looks at shapes before anything runs; `examine` plays random actions in a batch
-of environments and looks at the numbers.
+`check.validate` looks at shapes before anything runs; `examine` plays random actions in many
+environments at once and looks at the numbers.
 """
 
+import contextlib
 import time
 from typing import Any, NamedTuple
 
@@ -12,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxwm.envs import check, wrappers
-from jaxwm.types import Box, Discrete, Env, JaxwmError, Key, Space, Step, as_dict
+from jaxwm.envs.host import HostConfig, Pool, TooManyFaults
+from jaxwm.types import Box, Discrete, Env, HostEnv, Key, Space, Step, as_dict
+
+# A simulator that takes longer for one step is of no use for learning.
+_TIMEOUT = 20.0
+# After so many faults the verdict is clear.
+_ENOUGH = 20
 
 
 class Examination(NamedTuple):
@@ -24,8 +31,8 @@ class Examination(NamedTuple):
       episodes: number of ended episodes.
       mean_return: mean return of those under random actions, NaN if there were none.
       mean_length: their mean length in steps.
-      steps_per_second: of the batch, compiled.
-      state_bytes: size of one environment's state.
+      steps_per_second: of all of them; on the device compiled, on the host through its workers.
+      state_bytes: size of one environment's state; on the host its share of a worker's memory.
       row_bytes: size of one row of experience.
     """
 
@@ -39,7 +46,7 @@ class Examination(NamedTuple):
     row_bytes: int
 
 
-def examine(env: Env, count: int = 16, steps: int = 500, seed: int = 0) -> Examination:
+def examine(env: Env | HostEnv, count: int = 16, steps: int = 500, seed: int = 0) -> Examination:
     """Plays `steps` random actions in `count` environments and reports what it sees.
 
     Args:
@@ -49,10 +56,12 @@ def examine(env: Env, count: int = 16, steps: int = 500, seed: int = 0) -> Exami
       seed: of the actions and of the environment's own randomness.
 
     Raises:
-      JaxwmError: if it cannot be run at all; see `check.validate`.
+      JaxwmError: if it cannot be run at all; see `check.validate` and `host.Pool`.
     """
     check.validate(env)
     with jax.debug_key_reuse(False):
+        if isinstance(env, HostEnv):
+            return _examine_host(env, count, steps, seed)
         return _examine(env, count, steps, seed)
 
 
@@ -61,51 +70,88 @@ def _examine(env: Env, count: int, steps: int, seed: int) -> Examination:
     key_actions, key_reset, key_steps = jax.random.split(jax.random.key(seed), 3)
     actions = random_actions(env, key_actions, (steps, count))
 
-    def play(key_reset: Key, key_steps: Key, actions: Any) -> tuple[Step, Step]:
+    def play(key_reset: Key, key_steps: Key, actions: Any) -> Step:
         state, row = many.reset(key_reset)
         keys = jax.random.split(key_steps, steps)
         rows = jax.lax.scan(lambda s, x: many.step(s, *x), state, (actions, keys))[1]
-        return row, rows
+        return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), row, rows)
 
     def compiled() -> Any:
         # A function of its own each time, so that Python code is run again.
         return jax.jit(lambda *args: play(*args)).lower(key_reset, key_steps, actions).compile()
 
     run = compiled()
-    first, rows = jax.block_until_ready(run(key_reset, key_steps, actions))
+    rows = jax.block_until_ready(run(key_reset, key_steps, actions))
     start = time.perf_counter()
     jax.block_until_ready(run(key_reset, key_steps, actions))
     seconds = time.perf_counter() - start
     again = compiled()(key_reset, key_steps, actions)
-    others = run(key_reset, key_steps, random_actions(env, key_reset, (steps, count)))[1]
-    whole = jax.tree.map(lambda x, xs: np.concatenate([x[None], xs]), first, rows)
+    others = run(key_reset, key_steps, random_actions(env, key_reset, (steps, count)))
+    rows, again, others = jax.device_get((rows, again, others))
 
-    faults = [*_resets(env, count, key_reset), *_flags(whole), *_numbers(env, whole)]
-    if not _equal((first, rows), again):
+    faults = [*_resets(env, count, key_reset), *_flags(rows), *_numbers(env, rows)]
+    if not _equal(rows, again):
         faults.append(
             "Compiled twice, it does something else with the same keys: it draws from Python's or "
             "numpy's random numbers, or reads the clock or a global. Use the key it is given."
         )
-    notes = _seldom_meant(whole, others)
-
-    ended = whole.is_last.sum()
-    returns, lengths = _episodes(whole)
-    if ended == 0:
-        notes.append(f"No episode ended within {steps} steps: give it a time limit.")
     state, row = jax.eval_shape(env.reset, key_reset)
+    speed = steps * count / seconds
+    return _result(faults, rows, others, speed, _bytes(state), _bytes(row))
+
+
+def _examine_host(env: HostEnv, count: int, steps: int, seed: int) -> Examination:
+    key, key_other = jax.random.split(jax.random.key(seed))
+    recordings, faults, speed, memory = [], [], 0.0, 0
+    for k in (key_other, key, key):
+        script = jax.device_get(random_actions(env, k, (steps, count)))
+        with Pool(env, count, HostConfig(timeout=_TIMEOUT, max_faults=_ENOUGH), seed) as pool:
+            rows, start = [pool.reset()], time.perf_counter()
+            with contextlib.suppress(TooManyFaults):
+                for t in range(steps):
+                    rows.append(pool.step(jax.tree.map(lambda x, t=t: x[t], script)))
+            speed = (len(rows) - 1) * count / (time.perf_counter() - start)
+            faults = [f"It {kind}: {fault.text.strip()}" for kind, fault in pool.examples.items()]
+            memory = pool.resident_bytes() // count
+        recordings.append(jax.tree.map(lambda *x: np.stack(x), *rows))
+        if faults:
+            break  # a new process for each recording takes seconds; the verdict is clear
+    others, again, rows = (recordings * 3)[:3]
+    faults += _numbers(env, rows)
+    if not faults and not _equal(rows, again):
+        faults.append(
+            "Seeded the same, it does something else after the same actions: it draws from "
+            "Python's or numpy's global random numbers, or reads the clock. Pass the seed of "
+            "reset on (super().reset(seed=seed)) and draw from self.np_random."
+        )
+    one_row = jax.tree.map(lambda x: x[0, 0], rows)
+    return _result(faults, rows, others, speed, memory, _bytes(one_row))
+
+
+def _result(
+    faults: list[str], rows: Step, others: Step, speed: float, state_bytes: int, row_bytes: int
+) -> Examination:
+    """The examination of rows (T, B) that the same environments gave, `others` by other actions."""
+    notes = _seldom_meant(rows, others)
+    ended = int(rows.is_last.sum())
+    returns, lengths = _episodes(rows)
+    if ended == 0:
+        notes.append(
+            f"No episode ended within {len(rows.is_last) - 1} steps: give it a time limit."
+        )
     return Examination(
         tuple(faults),
         tuple(notes),
-        int(ended),
+        ended,
         float(np.mean(returns)) if len(returns) else float("nan"),
         float(np.mean(lengths)) if len(lengths) else float("nan"),
-        steps * count / seconds,
-        _bytes(state),
-        _bytes(row),
+        speed,
+        state_bytes,
+        row_bytes,
     )
 
 
-def random_actions(env: Env, key: Key, lead: tuple[int, ...]) -> Any:
+def random_actions(env: Env | HostEnv, key: Key, lead: tuple[int, ...]) -> Any:
     """Uniform random actions with leading axes `lead`; boxes without bounds within 1."""
 
     def draw(space: Space, key: Key) -> jax.Array:
@@ -159,7 +205,7 @@ def _flags(rows: Step) -> list[str]:
     return faults
 
 
-def _numbers(env: Env, rows: Step) -> list[str]:
+def _numbers(env: Env | HostEnv, rows: Step) -> list[str]:
     """Numbers that are not finite or not in their space."""
     faults = []
     for name, space in env.obs_space.items():
@@ -207,7 +253,7 @@ def _seldom_meant(rows: Step, others: Step) -> list[str]:
         if np.all(value == value[:1, :1]):
             notes.append(f"Observation {name!r} never changes.")
     seen = lambda r: (r.obs, r.reward, r.is_last)  # noqa: E731
-    if _equal(jax.tree.map(lambda x: x[1:], seen(rows)), seen(others)):
+    if rows is not others and _equal(seen(rows), seen(others)):
         notes.append("Other actions lead to the very same observations, rewards and ends.")
     size = np.abs(np.nan_to_num(np.asarray(rows.reward)))
     if size.max() == 0:
@@ -218,6 +264,12 @@ def _seldom_meant(rows: Step, others: Step) -> list[str]:
             "best (wrappers.scale_reward)."
         )
     lengths = _episodes(rows)[1]
+    same = len(lengths) > 1 and min(lengths) == max(lengths) > 20
+    if same and np.all(rows.is_terminal == rows.is_last):
+        notes.append(
+            f"Every episode ends for good after {lengths[0]} steps: if that is a time limit, it "
+            "should be a cut (truncated), or what could have followed is learned to be worth 0."
+        )
     if len(lengths) and max(lengths) == 1:
         notes.append("Every episode has a single step: nothing follows from an action.")
     return notes
@@ -252,7 +304,7 @@ def _bytes(tree: Any) -> int:
     return sum(size(x) for x in jax.tree.leaves(tree))
 
 
-def report(env: Env, result: Examination) -> str:
+def report(env: Env | HostEnv, result: Examination) -> str:
     """An examination as text for the terminal, faults first."""
     lines = [f"{env.name}"]
     lines += [f"  FAULT  {text}" for text in result.faults]
@@ -276,31 +328,3 @@ def _told(spaces: dict[str, Space]) -> str:
         return f"{space.dtype} {list(space.shape)}"
 
     return ", ".join(f"{name}: {one(space)}" for name, space in spaces.items())
-
-
-def load(name: str) -> Env:
-    """The environment that a function of the user's makes: `module:function`.
-
-    Importing runs that module's code, so this is for names typed by the user, never for names
-    read from a file.
-
-    Args:
-      name: an importable module and a function without arguments that returns an `Env`.
-
-    Raises:
-      JaxwmError: if there is no such module or function, or it returns something else.
-    """
-    import importlib
-
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise JaxwmError(
-            f"{name} is not there: {error}. Give module:function, from a folder that Python "
-            "searches (PYTHONPATH)."
-        ) from None
-    env = function()
-    if not isinstance(env, Env):
-        raise JaxwmError(f"{name} returns {type(env).__name__}, but a jaxwm.types.Env is expected.")
-    return env

@@ -1,16 +1,21 @@
 """Acting with fixed parameters: returns of episodes, recorded sequences, dreams of them.
 
-All functions take a single environment (no batch axis), compile as a whole and draw actions
-from the policy, as in training.
+Actions are drawn from the policy, as in training. Functions of a single environment compile as a
+whole; `host_evaluator` and `host_collect` do the same with simulators on the host.
 """
+
+import itertools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxwm.agent import Agent
 from jaxwm.config import require
 from jaxwm.envs import wrappers
-from jaxwm.types import Array, Env, Float, Key, Params, Step, as_dict
+from jaxwm.envs.host import Pool
+from jaxwm.types import Action, Array, Env, Float, Key, Latent, Params, Step, as_dict
 
 # Half an hour of an Atari game at 15 decisions per second.
 LIMIT = 27_000
@@ -89,6 +94,68 @@ def collect(agent: Agent, params: Params, env: Env, length: int, key: Key, count
         return (state, row_next, latent), row
 
     return jax.lax.scan(step, (state, row, agent.initial(count)), jnp.arange(length))[1]
+
+
+def host_evaluator(
+    agent: Agent, pool: Pool, episodes: int, limit: int = LIMIT
+) -> Callable[[Params, Key], np.ndarray]:
+    """`params, key -> returns (E,)` of fresh episodes in simulators on the host.
+
+    Every simulator plays its share of the episodes, so that short ones count no more than long
+    ones. An episode that a fault cut short is played again.
+
+    Args:
+      agent: the agent.
+      pool: the simulators; the episodes they are in when it begins are left.
+      episodes: number of episodes E, at least 1.
+      limit: steps of each simulator's share, after which returns are counted as they are.
+
+    Raises:
+      JaxwmError: if `episodes` or `limit` is below 1; as `Pool.receive`, while it plays.
+    """
+    require(episodes >= 1, f"An evaluation needs at least one episode, not {episodes}.")
+    require(limit >= 1, f"The limit of an evaluation is at least one step, not {limit}.")
+    act = jax.jit(agent.act)
+    share = -(-episodes // pool.count)
+
+    def play(params: Params, key: Key) -> np.ndarray:
+        done: list[list[float]] = [[] for _ in range(pool.count)]
+        total = np.zeros(pool.count)
+        for time, row in enumerate(_rows(act, agent, params, pool, key)):
+            total = np.where(row.is_first, 0.0, total) + row.reward
+            for i in np.flatnonzero(row.is_last | (time >= limit * share)):
+                done[i] += [float(total[i])] * (len(done[i]) < share)
+            if all(len(returns) == share for returns in done):
+                break
+        return np.asarray(done, np.float32).T.reshape(-1)[:episodes]
+
+    return play
+
+
+def host_collect(agent: Agent, params: Params, pool: Pool, length: int, key: Key) -> Step:
+    """Rows (T, B) of the pool's simulators under the agent; see `collect`.
+
+    Raises:
+      JaxwmError: if `length` is below 1; as `Pool.receive`.
+    """
+    require(length >= 1, f"A recording needs at least one row, not {length}.")
+    rows = _rows(jax.jit(agent.act), agent, params, pool, key)
+    return jax.tree.map(lambda *x: np.stack(x), *(next(rows) for _ in range(length)))
+
+
+def _rows(
+    act: Callable[..., tuple[Latent, Action]],
+    agent: Agent,
+    params: Params,
+    pool: Pool,
+    key: Key,
+) -> Iterator[Step]:
+    """The rows of the pool, beginning with those that begin episodes, for ever."""
+    row, latent = pool.reset(), agent.initial(pool.count)
+    for time in itertools.count():
+        yield row
+        latent, action = act(params, latent, row, jax.random.fold_in(key, time))
+        row = pool.step(jax.device_get(action))
 
 
 def open_loop(

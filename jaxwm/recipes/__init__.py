@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from jaxwm.agent import AgentConfig
 from jaxwm.config import require
+from jaxwm.envs.host import HostConfig
 from jaxwm.replay import ReplayConfig
 
 
@@ -24,6 +25,7 @@ class RunConfig:
       action_repeat: times each action is repeated in the environment.
       time_limit: steps after which an episode is cut; 0 leaves it to the environment.
       replay: the replay and the train ratio.
+      host: how simulators on the host are run.
       agent: world model, behaviour and optimiser.
       eval_episodes: episodes of the evaluation at the end.
       log_every: environment steps between two lines of metrics.
@@ -41,6 +43,7 @@ class RunConfig:
     action_repeat: int = 1
     time_limit: int = 0
     replay: ReplayConfig = ReplayConfig()
+    host: HostConfig = HostConfig()
     agent: AgentConfig = AgentConfig()
     eval_episodes: int = 20
     log_every: int = 1_000

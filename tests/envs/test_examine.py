@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxwm import cli, envs
-from jaxwm.envs.examine import examine, load, report
+from jaxwm.envs.examine import examine, report
 from jaxwm.types import Box, Discrete, Env, JaxwmError, first, transition
 
 OBS = {"place": Box((1,), "float32", -50.0, 50.0)}
@@ -148,7 +148,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert cli.main(["envs", "check", "mine_to_check:broken", "--steps", "20"]) == 1
     assert "FAULT  reset gives a reward" in capsys.readouterr().out
     with pytest.raises(JaxwmError, match="returns int, but a"):
-        load("mine_to_check:lost")
+        envs.load("mine_to_check:lost")
     for name in ("mine_to_check:gone", "not_there_at_all:make"):
         assert cli.main(["envs", "check", name]) == 2
         assert "is not there" in capsys.readouterr().err

@@ -12,14 +12,14 @@ from jaxwm.types import JaxwmError
 def test_importing_does_not_import_the_packages():
     code = (
         "import sys, jaxwm.envs as e; e.make('toy/Memory'); "
-        "assert not {'gymnax', 'brax', 'mujoco', 'matplotlib'} & set(sys.modules)"
+        "assert not {'gymnasium', 'gymnax', 'brax', 'mujoco', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_names_are_made_and_checked():
     known = envs.names()
-    assert set(known) == {"brax", "gymnax", "toy"}
+    assert {"brax", "gymnasium", "gymnax", "toy"} <= set(known)
     assert "CartPole-v1" in known["gymnax"] and "halfcheetah" in known["brax"]
     assert "MNISTBandit-bsuite" not in known["gymnax"]
     for name in known["toy"]:
@@ -46,6 +46,11 @@ def test_unknown_names_meet_the_nearest(name, message):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnax", None)
-    with pytest.raises(JaxwmError, match=r"needs the package 'gymnax'.*pip install gymnax six"):
+    with pytest.raises(JaxwmError, match=r"needs the package 'gymnax'.*pip install gymnax"):
         envs.make("gymnax/CartPole-v1")
     assert envs.names()["gymnax"] == []
+    monkeypatch.setitem(sys.modules, "ale_py", None)
+    with pytest.raises(
+        JaxwmError, match=r"needs the package 'ale_py'.*pip install 'jaxwm\[atari\]'"
+    ):
+        envs.make("atari/Pong")
