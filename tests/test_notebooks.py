@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import nbformat
@@ -86,25 +87,34 @@ def test_the_examples_of_a_document_run(path, outside):
     assert done.returncode == 0, done.stderr
 
 
-def test_commands_are_understood(monkeypatch, capsys):
+def test_commands_are_understood(monkeypatch, capsys, tmp_path):
     """Every `jaxwm` command of the documents, with the work that it would do left out."""
     started, known = [], envs.names()
+    monkeypatch.chdir(tmp_path)
+    (own,) = [x for x in blocks(ROOT / "README.md", "python") if "class Walk" in x]
+    (tmp_path / "mine.py").write_text(own, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(envs, "OWN", {})
 
     def start(*args, **options):
         started.append(args)
-        return np.zeros((1, 1))
+        return np.ones((1, 1))
 
     for name in ("jaxwm.run.run", "jaxwm.run.resume", "jaxwm.run.evaluate_run"):
         monkeypatch.setattr(name, start)
-    monkeypatch.setattr("jaxwm.plot.learning_curve", start)
+    verdict = SimpleNamespace(verdict=SimpleNamespace(words=""), caveats=(), to_dict=dict)
+    monkeypatch.setattr("jaxwm.evaluate.compare.compare", lambda *words: start(*words) and verdict)
+    for name in ("jaxwm.plot.learning_curve", "jaxwm.plot.comparison"):
+        monkeypatch.setattr(name, lambda *words: start(*words) if words[0] is not verdict else "")
     monkeypatch.setattr("jaxwm.checkpoint.read_config", lambda run: dreamer_v3.config("toy/Credit"))
     found = [words[1:] for path in DOCUMENTS for words in commands(path) if words[0] == "jaxwm"]
     assert {words[0] for words in found} == set(cli._COMMANDS)
+    known_names = {f"{suite}/{name}" for suite, names in known.items() for name in names}
     for words in found:
         assert cli.main(words) == 0, (words, capsys.readouterr().err)
         if words[0] == "train" and "--env" in words:
             suite, _, name = words[words.index("--env") + 1].partition("/")
-            assert name in known[suite]
+            assert f"{suite}/{name}" in known_names or suite == "mine:Walk"
     works = [words for words in found if words[0] != "envs" and "--help" not in words]
     assert len(started) == len(works)
 
@@ -152,6 +162,6 @@ def test_the_table_of_sizes_is_that_of_the_code():
 @pytest.mark.parametrize("path", DOCUMENTS[:2], ids=by_name)
 def test_files_named_in_passing_exist(path):
     names = re.findall(r"`((?:\w+/)*\w+\.(?:py|md|txt|toml|ipynb))`", path.read_text("utf-8"))
-    made = {"SUMMARY.md"}  # by a run
+    made = {"SUMMARY.md", "mine.py"}  # by a run, and by the reader
     homes = (ROOT, ROOT / "jaxwm")
     assert not [x for x in set(names) - made if not any((home / x).exists() for home in homes)]

@@ -50,7 +50,7 @@ def test_every_size_and_variant_is_a_run(size, variant):
 @pytest.mark.parametrize("preset", dreamer_v3.PRESETS)
 def test_every_preset_is_a_run_whose_parts_can_be_overridden(preset, tmp_path):
     run = dreamer_v3.config(preset=preset)
-    assert "/" in run.env and run.size == "nano"
+    assert "/" in run.env and run.size == getattr(dreamer_v3.DOMAINS.get(preset), "size", "nano")
     other = dreamer_v3.config("toy/Memory", "debug", "paper", preset)
     assert (other.env, other.size, other.variant) == ("toy/Memory", "debug", "paper")
     assert other.agent.model == dreamer_v3.agent("debug", "paper").model
@@ -95,3 +95,24 @@ def test_one_number_makes_a_size():
 def test_what_does_not_exist_is_told(call, words):
     with pytest.raises(JaxwmError, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "number", "ratio", "steps", "updates"),
+    [
+        # Updates per environment step: ratio / (16 x 64), as the reference's table has them.
+        ("dmc_proprio", "size1m", 16, 1024, 1_100_000, 1),
+        ("dmc_vision", "size200m", 16, 256, 1_100_000, 1 / 4),
+        ("atari", "size200m", 16, 32, 51_000_000, 1 / 32),
+        ("atari100k", "size200m", 1, 256, 110_000, 1 / 4),
+        ("crafter", "size200m", 1, 512, 1_100_000, 1 / 2),
+        ("bsuite", "size200m", 1, 1024, 100_000, 1),
+        ("procgen", "size200m", 16, 64, 110_000_000, 1 / 16),
+    ],
+)
+def test_domains_have_the_numbers_of_the_reference(preset, size, number, ratio, steps, updates):
+    run = dreamer_v3.config(preset=preset)
+    assert (run.size, run.envs, run.replay.train_ratio, run.steps) == (size, number, ratio, steps)
+    assert run.replay.updates_per_iteration(run.envs) == updates * number
+    assert run.replay.capacity == min(5_000_000, steps) and run.action_repeat == 1
+    assert dreamer_v3.config("playground/WalkerWalk", preset=preset).env == "playground/WalkerWalk"

@@ -16,6 +16,7 @@ Command: `jaxwm train dreamer_v3 --preset cartpole`.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 from jaxwm.agent import AgentConfig
 from jaxwm.behaviors.actor_critic import ActorCriticConfig
@@ -70,12 +71,68 @@ def agent(size: str, variant: str = "head") -> AgentConfig:
     return _variant(config, variant)
 
 
-# What each preset is for; the numbers are in `config`.
+class Domain(NamedTuple):
+    """A domain of the paper as the reference's latest configuration has it.
+
+    Attributes:
+      env: an environment of the domain; --env takes another one.
+      size: size of the agent.
+      envs: environments.
+      train_ratio: rows trained on per environment step.
+      steps: environment steps (decisions of the agent) of a run.
+      about: what it is, and what the numbers can be held against.
+    """
+
+    env: str
+    size: str
+    envs: int
+    train_ratio: float
+    steps: int
+    about: str
+
+
+# Actions are repeated by the environments themselves, if at all (Atari: 4 frames).
+DOMAINS = {
+    "dmc_proprio": Domain(
+        *("dm_control/walker-walk", "size1m", 16, 1024, 1_100_000),
+        "DeepMind Control from vectors (jaxwm compare --task)",
+    ),
+    "dmc_vision": Domain(
+        *("dm_control/walker-walk:image", "size200m", 16, 256, 1_100_000),
+        "DeepMind Control from 64x64 images (jaxwm compare)",
+    ),
+    "atari": Domain(
+        *("atari/Pong", "size200m", 16, 32, 51_000_000),
+        "Atari, sticky actions, 200M frames (jaxwm compare)",
+    ),
+    "atari100k": Domain(
+        *("atari/Pong:100k", "size200m", 1, 256, 110_000),
+        "Atari, 400K frames (jaxwm compare)",
+    ),
+    "crafter": Domain(
+        *("crafter/reward", "size200m", 1, 512, 1_100_000),
+        "Crafter; craftax/Craftax-Classic-Pixels-v1 on the device",
+    ),
+    "bsuite": Domain(
+        *("gymnax/MemoryChain-bsuite", "size200m", 1, 1024, 100_000),
+        "those families of bsuite that gymnax has; the length is ours",
+    ),
+    "minatar": Domain(
+        *("gymnax/Breakout-MinAtar", "size12m", 16, 64, 5_000_000),
+        "small Atari games on the device; not in the paper, the numbers are ours",
+    ),
+    "procgen": Domain(
+        *("envpool/CoinrunHard-v0", "size200m", 16, 64, 110_000_000),
+        "ProcGen (jaxwm compare); needs Qt5, and frames are 64x64 instead of 96x96",
+    ),
+}
+# What each preset is for; the numbers are in `config` and in `DOMAINS`.
 PRESETS = {
     "cartpole": "gymnax/CartPole-v1 on two CPU cores, minutes (the demo)",
     "catch": "gymnax/Catch-bsuite, a grid as observation, minutes on two CPU cores",
     "pixels": "toy/Pixels, 64x64 colour frames on two CPU cores",
     "pendulum": "brax/inverted_pendulum, continuous actions on two CPU cores",
+    **{name: domain.about for name, domain in DOMAINS.items()},
 }
 
 
@@ -102,6 +159,8 @@ def config(
         require(env is not None, "Name an environment with --env, or a preset with --preset.")
         size, variant = size or "size200m", variant or "head"
         return RunConfig(env=str(env), size=size, variant=variant, agent=agent(size, variant))
+    if preset in DOMAINS:
+        return _of_domain(DOMAINS[preset], env, size, variant or "head")
     base = RunConfig(
         env=env or "gymnax/CartPole-v1",
         size=size or "nano",
@@ -128,6 +187,22 @@ def config(
         env = env or "brax/inverted_pendulum"
         base = dataclasses.replace(base, env=env, steps=20_000, action_repeat=2)
     return _anneal(_see(base, 10.0))
+
+
+def _of_domain(domain: Domain, env: str | None, size: str | None, variant: str) -> RunConfig:
+    """A run in a domain of the paper."""
+    size = size or domain.size
+    # A replay larger than the run would only take memory.
+    capacity = min(ReplayConfig().capacity, domain.steps)
+    return RunConfig(
+        env=env or domain.env,
+        size=size,
+        variant=variant,
+        agent=agent(size, variant),
+        envs=domain.envs,
+        steps=domain.steps,
+        replay=ReplayConfig(capacity=capacity, train_ratio=domain.train_ratio),
+    )
 
 
 def _see(config: RunConfig, weight: float) -> RunConfig:
