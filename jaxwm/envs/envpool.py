@@ -12,6 +12,9 @@ EnvPool's time limit cuts an episode, even one that would have ended at that ver
 end is final.
 """
 
+# Where the package is not installed, pyright takes `import envpool` for this very file.
+# pyright: reportAttributeAccessIssue=false
+
 import contextlib
 import functools
 import warnings

@@ -12,7 +12,7 @@ closes (`replay.close_abandoned`): nothing bridges the break and nothing invente
 
 Why processes: simulators written in Python hold the interpreter's lock, and only a process can
 be killed when it hangs, or die alone. They are started afresh rather than forked, because a fork
-of a process that runs jax can lock up.
+of a process that runs jax can lock up. Linux and macOS; Windows hands no descriptors on.
 """
 
 import contextlib
@@ -153,12 +153,17 @@ class _Worker:
             return 0
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
+    def hang_up(self) -> None:
+        """Lets the process know that nothing more will come."""
+        if self._process is not None:
+            self.pipe.close()
+
     def end(self, gently: bool = True) -> None:
         """Ends the process: by hanging up, or at once."""
+        self.hang_up()
         process, self._process = self._process, None
         if process is None:
             return
-        self.pipe.close()
         if gently:
             try:
                 process.wait(timeout=2.0)
@@ -204,7 +209,7 @@ class Pool:
         self._seeds = np.random.SeedSequence(seed)
         self._file, memory = _shared_memory(views(env, count)[1])
         self._views, _ = views(env, count, memory)
-        workers = min(config.workers or len(os.sched_getaffinity(0)), count)
+        workers = min(config.workers or _cores(), count)
         edges = [count * i // workers for i in range(workers + 1)]
         self._workers = [_Worker(a, b) for a, b in itertools.pairwise(edges)]
         self._waiting: set[_Worker] = set()
@@ -268,7 +273,7 @@ class Pool:
     def close(self) -> None:
         """Ends the workers; the pool cannot be used afterwards."""
         for worker in self._workers:
-            worker.pipe.close()  # all at once, so that they end side by side
+            worker.hang_up()  # all at once, so that they end side by side
         for worker in self._workers:
             worker.end()
             worker.notes.close()
@@ -334,7 +339,7 @@ class Pool:
         self.examples.setdefault(fault.kind, fault)
         total, most = sum(self.faults.values()), self.config.max_faults
         LOG.warning(
-            "%s: environment %d %s (fault %d, at most %d). Its episode is cut and it is made "
+            "%s, environment %d: %s (fault %d, at most %d). Its episode is cut and it is made "
             "anew.\n%s", self.env.name, fault.index, fault.kind, total, most, fault.text.rstrip(),
         )  # fmt: skip
         if total > most or gone:
@@ -394,11 +399,18 @@ class _Repeated:
         self._inner.close()
 
 
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # on macOS
+
+
 def _shared_memory(nbytes: int) -> tuple[int, mmap.mmap]:
     """Memory that can be handed to other processes by its descriptor."""
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("jaxwm")
-    else:  # not on macOS
+    else:  # on macOS
         with tempfile.TemporaryFile() as temporary:
             file = os.dup(temporary.fileno())
     os.ftruncate(file, nbytes)
