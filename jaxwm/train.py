@@ -294,6 +294,10 @@ def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, coun
             return row
         return jax.tree.map(lambda x: x.reshape(config.seeds, config.envs, *x.shape[1:]), row)
 
+    def flat(action: Any) -> Any:
+        """Actions without that axis, as the pool takes them."""
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), action) if many else action
+
     def resume(state: TrainState) -> TrainState:
         close()
         seed = np.random.SeedSequence((config.seed, int(state.clock.iteration)))
@@ -332,9 +336,7 @@ def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, coun
                 jobs, newest = [], None
                 for _ in range(count):
                     carry, action = act(acting, carry, row, state.key, np.int32(iteration))
-                    action = jax.device_get(action)
-                    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), action)
-                    pool.send(flat if many else action)
+                    pool.send(flat(jax.device_get(action)))
                     jobs.append(learner.submit(store, row, carry))
                     iteration += 1
                     credit = credit + earned if iteration >= memory.warmup else 0
@@ -390,7 +392,7 @@ def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, coun
         resume=resume,
         chunk=chunk_of(*jits),
         compile=compile_chunk,
-        fault=lambda state: opened[0].failure,
+        fault=lambda state: opened[0].failure if opened else None,
         close=close,
         iterations=count,
         seeds=config.seeds,
