@@ -2,9 +2,10 @@
 
 Names are EnvPool's ids. One package covers Atari ("Pong-v5"), the DeepMind Control Suite
 ("CartpoleSwingup-v1"), classic control ("CartPole-v1"), ProcGen ("CoinrunEasy-v0"), ViZDoom,
-MiniGrid and others, each with EnvPool's own defaults, which are not always those of the papers:
-its Atari stacks four grey frames and presses FIRE at the start, for one. Pictures of MuJoCo tasks
-are left to `envs.dm_control`: where EnvPool cannot draw, it ends its process or hangs.
+MiniGrid and others, each with EnvPool's own defaults, which are not always those of the papers.
+Atari alone is played as in `envs.atari`: EnvPool's 84x84 frames, which cannot be halved often
+enough, stacks of four of them and its FIRE at the start are options. Pictures of MuJoCo tasks are
+left to `envs.dm_control`: where EnvPool cannot draw, it ends its process or hangs.
 
 Observations: pictures (uint8, as height x width x channels) are "image", an integer "index", any
 other array "vector", float32; entries of a dict keep their names, nested ones are joined by dots.
@@ -27,6 +28,15 @@ from jaxwm.types import Box, Discrete, HostEnv, JaxwmError, Space, nearest
 
 # Encoders halve pictures; smaller grids of uint8, such as MiniGrid's 7x7x3, hold codes.
 SMALLEST_IMAGE = 32
+# Sizes, sticky actions and actions of `atari.AtariConfig`.
+ATARI = {
+    "img_height": 96,
+    "img_width": 96,
+    "stack_num": 1,
+    "repeat_action_probability": 0.25,
+    "full_action_space": True,
+    "use_fire_reset": False,
+}
 # EnvPool and MuJoCo write numbers like these where there is no bound.
 UNBOUNDED = 1e9
 # What `make` decides itself.
@@ -56,10 +66,9 @@ def make(name: str, **options: Any) -> HostEnv:
 
     Args:
       name: its id.
-      options: arguments of `envpool.make`, such as `max_episode_steps=500`, or for Atari
-        `stack_num=1, img_height=96, img_width=96, repeat_action_probability=0.25,
-        full_action_space=True, use_fire_reset=False`. Each worker process steps its share on one
-        thread unless `num_threads` says otherwise.
+      options: arguments of `envpool.make`, such as `max_episode_steps=500`; for Atari those of
+        `ATARI` unless they are given. Each worker process steps its share on one thread unless
+        `num_threads` says otherwise.
 
     Returns:
       An environment on the host whose simulators step as one.
@@ -71,6 +80,8 @@ def make(name: str, **options: Any) -> HostEnv:
     if name not in known:
         raise nearest(name, known, "envpool environment")
     with _quiet():
+        if set(ATARI) <= set(_spec(name, {}).config._fields):
+            options = {**ATARI, **options}
         entries, (action_space, _) = _interface(name, options)
     obs_space = {key: entry.space for key, entry in entries.items()}
     one = functools.partial(_Simulator, name, options)

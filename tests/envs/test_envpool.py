@@ -79,7 +79,8 @@ def test_pictures_have_their_channels_last():
         for action in np.random.default_rng(0).integers(6, size=(steps, 3)):
             yield action.astype(np.int32), action.astype(np.int32)
 
-    options = {"stack_num": 1, "img_height": 64, "img_width": 48, "gray_scale": False}
+    assert adapter.make("Pong-v5").obs_space == {"image": Box((96, 96, 1), "uint8", 0.0, 255.0)}
+    options = {**adapter.ATARI, "img_height": 64, "img_width": 48, "gray_scale": False}
     space = adapter.make("Pong-v5", **options).obs_space
     assert space == {"image": Box((64, 48, 3), "uint8", 0.0, 255.0)}
     agree("Pong-v5", 100, 60, actions, lambda x: {"image": x.obs.transpose(0, 2, 3, 1)}, **options)
