@@ -72,14 +72,14 @@ def run(
         "--log-every.",
     )
     console = Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
-    like = program.shapes()
-    console.print(_headline(config, program, like, folder))
+    console.print(_headline(config, program, folder))
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(program.close)
+    try:
         params, step, updates, compile_seconds = _train(
             program, config, folder, resume, tensorboard, console
         )
+    finally:
+        program.close()
     env, members = train.make_env(config), members_of(params, config.seeds)
     console.print("Trained. Evaluating, and drawing curve and dream.")
     returns = evaluate(program.agent, env, members, config, config.eval_episodes)
@@ -145,6 +145,8 @@ def _train(
 
 def resume(folder: Path, steps: int | None = None, **options: Any) -> Summary:
     """Goes on with a run, bit for bit as if it had never stopped.
+
+    Simulators on the host are the exception: they begin new episodes.
 
     Args:
       folder: the run's folder.
@@ -293,10 +295,11 @@ def _counts(state: train.TrainState, config: RunConfig) -> tuple[int, int]:
     return int(state.clock.iteration) * config.envs, int(state.clock.updates)
 
 
-def _headline(config: RunConfig, program: train.Program, like: Any, folder: Path) -> str:
+def _headline(config: RunConfig, program: train.Program, folder: Path) -> str:
     """Where the run goes and what it will take, before anything is allocated."""
     device = jax.devices()[0]
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(like.agent.params))
+    params = program.shapes().agent.params
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     replay = program.replay.nbytes * config.seeds
     seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
     return (

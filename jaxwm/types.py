@@ -204,7 +204,7 @@ class HostEnv(NamedTuple):
       obs_space: the space of each observation.
       action_space: one space or a dict of them; boxes are float32 in [-1, 1].
       open: makes one simulator.
-      batch: makes `count` simulators that step as one (`envs.host.Batch`), where the package has
+      batch: makes `count` simulators that step as one (`envs.worker.Batch`), where the package has
         its own way to step many; None: one after the other.
     """
 

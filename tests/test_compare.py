@@ -107,6 +107,7 @@ def test_score_files_are_condensed(tmp_path):
         ("dm_control/quadruped-run:image", 1_000, "dmc_vision/quadruped_run"),
         ("atari/MsPacman", 100_000, "atari100k/ms_pacman"),
         ("atari/MsPacman", 110_000, "atari100k/ms_pacman"),
+        ("atari/Pong:100k", 10_000_000, "atari100k/pong"),
         ("atari/up_n_down", 50_000_000, "atari57/up_n_down"),
         ("atari/Zaxxon", 1_000, "atari57/zaxxon"),
         ("gymnasium/ALE/Pong-v5", 100_000, "atari100k/pong"),

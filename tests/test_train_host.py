@@ -66,11 +66,11 @@ def test_both_drivers_are_the_same_run(config):
     assert np.isfinite(host.buffer.deter).all() and host.buffer.rows.is_last.sum() > 8
 
 
-def test_the_train_ratio_is_exact(config, ratio=0.7):
-    replay = dataclasses.replace(config.replay, train_ratio=ratio)
+def test_the_train_ratio_is_exact(config):
+    replay = dataclasses.replace(config.replay, train_ratio=0.7)
     state, _ = played(dataclasses.replace(config, replay=replay), scripted.chain(), 4)
     # 9 rows of each make the windows of a batch; every row from then on earns its share.
-    earned = Fraction(str(ratio)) * 4 * (40 - 8) / (2 * 6)
+    earned = Fraction("0.7") * 4 * (40 - 8) / (2 * 6)
     assert int(state.clock.updates) == int(earned)
 
 

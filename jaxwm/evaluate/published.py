@@ -126,8 +126,9 @@ def task_of(config: RunConfig) -> str:
     """The published task of a run's environment, where there is no doubt about it.
 
     `dm_control` and `playground` are `dmc_proprio`, or `dmc_vision` if images are asked for
-    (`:image` or `:pixels` after the name). Atari was published with two budgets: it is the one
-    of which the run is to reach a point and not to exceed the end by more than a quarter.
+    (`:image` or `:pixels` after the name). Atari was published with two budgets: without ":100k"
+    it is the one of which the run is to reach a point and not to exceed the end by more than a
+    quarter.
 
     Args:
       config: the run.
@@ -141,7 +142,9 @@ def task_of(config: RunConfig) -> str:
     suite, _, name = config.env.partition("/")
     name, _, option = name.partition(":")
     homes: tuple[str, ...] = ()
-    if _is_atari(config.env) and not option:
+    if suite == "atari" and option == "100k":
+        homes = ("atari100k",)
+    elif _is_atari(config.env) and not option:
         homes, name = ("atari100k", "atari57"), re.sub(r"^ALE/|-v\d+$", "", name)
     elif suite in ("dm_control", "playground") and option in ("", *_IMAGES):
         homes = ("dmc_vision",) if option else ("dmc_proprio",)

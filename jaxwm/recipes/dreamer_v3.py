@@ -95,7 +95,7 @@ class Domain(NamedTuple):
 DOMAINS = {
     "dmc_proprio": Domain(
         *("dm_control/walker-walk", "size1m", 16, 1024, 1_100_000),
-        "DeepMind Control from vectors (jaxwm compare --task)",
+        "DeepMind Control from vectors (jaxwm compare)",
     ),
     "dmc_vision": Domain(
         *("dm_control/walker-walk:image", "size200m", 16, 256, 1_100_000),
@@ -123,7 +123,7 @@ DOMAINS = {
     ),
     "procgen": Domain(
         *("envpool/CoinrunHard-v0", "size200m", 16, 64, 110_000_000),
-        "ProcGen (jaxwm compare); needs Qt5, and frames are 64x64 instead of 96x96",
+        "ProcGen (jaxwm compare --task); needs Qt5, and frames are 64x64 instead of 96x96",
     ),
 }
 # What each preset is for; the numbers are in `config` and in `DOMAINS`.
