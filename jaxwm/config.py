@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxwm.types import JaxwmError, nearest
+from jaxwm.spaces import JaxwmError, nearest
 
 T = TypeVar("T")
 

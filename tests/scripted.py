@@ -6,11 +6,10 @@ import os
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxwm.types import Box, Discrete, Env, HostEnv, first, transition
+# Worker processes import this module: jax is only for the twin.
+from jaxwm.spaces import Box, Discrete, HostEnv
 
 # What each action does.
 GOOD, RAISE, EXIT, HANG, CRASH, NAN, SHAPE, DTYPE, REWARD, KEYS = range(10)
@@ -98,8 +97,12 @@ def chain(nap: float = 0.0, fails_at: int = -1) -> HostEnv:
     return HostEnv("chain", {"vector": Box((5,))}, Discrete(2), make)
 
 
-def device_chain() -> Env:
+def device_chain() -> Any:
     """The same chain on the device."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxwm.types import Env, first, transition
 
     def look(place):
         return {"vector": jax.nn.one_hot(place, 5)}

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxwm"
 
 FLOORS = [
-    {"types", "numerics", "config"},
+    {"spaces", "types", "numerics", "config"},
     {"returns", "dists", "nets", "optim", "replay"},
     {"envs", "models", "behaviors"},
     {"agent"},
@@ -157,6 +157,12 @@ def modules_after(*arguments: str) -> set[str]:
 def test_importing_jaxwm_is_light():
     heavy = {"gymnax", "brax", "mujoco", "distrax", "matplotlib", "orbax", "pandas"}
     assert not modules_after("-c", "import jaxwm") & heavy
+
+
+def test_worker_processes_do_without_jax():
+    adapters = [f"jaxwm.envs.{x}" for x in ("atari", "crafter", "dm_control", "gymnasium")]
+    loaded = modules_after("-c", f"import jaxwm.envs.worker, {', '.join(adapters)}")
+    assert "jaxwm" in loaded and not loaded & {"jax", "jaxlib"}
 
 
 def test_help_does_not_wait_for_jax():

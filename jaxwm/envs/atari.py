@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxwm.types import Box, Discrete, HostEnv, JaxwmError, nearest
+from jaxwm.spaces import Box, Discrete, HostEnv, JaxwmError, nearest
 
 ACTIONS = ("all", "needed")
 # Of red, green and blue. Greys are cut to integers, so the last bit counts: as DreamerV3 has them.

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 from typing import Any
 
-from jaxwm.types import Box, Discrete, HostEnv, JaxwmError, nearest
+from jaxwm.spaces import Box, Discrete, HostEnv, JaxwmError, nearest
 
 NAMES = ("reward", "noreward")
 _VIEW = 9  # squares along a side of the picture

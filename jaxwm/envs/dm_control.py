@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxwm.types import Box, HostEnv, JaxwmError, nearest
+from jaxwm.spaces import Box, HostEnv, JaxwmError, nearest
 
 EXCLUDED = {"lqr": "its actions have no bounds and its episodes no limit"}
 # As in the DreamerV3 experiments: camera 0 of a quadruped sees it from very far.

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxwm.types import Box, Discrete, HostEnv, JaxwmError, Space, nearest
+from jaxwm.spaces import Box, Discrete, HostEnv, JaxwmError, Space, nearest
 
 # Encoders halve pictures; smaller grids of uint8, such as MiniGrid's 7x7x3, hold codes.
 SMALLEST_IMAGE = 32

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxwm.types import Box, Discrete, HostEnv, JaxwmError, Space, nearest
+from jaxwm.spaces import Box, Discrete, HostEnv, JaxwmError, Space, nearest
 
 # Asks for an environment's own way to step many at once.
 _VECTOR = ":vector"

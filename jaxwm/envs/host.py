@@ -28,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -36,8 +35,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxwm.envs.worker import views
-from jaxwm.types import HostEnv, JaxwmError, Simulator, Step, as_dict
+from jaxwm.envs.worker import Repeated, views
+from jaxwm.types import HostEnv, JaxwmError, Step, as_dict
 
 LOG = logging.getLogger("jaxwm")
 # What can go wrong with a simulator.
@@ -371,32 +370,7 @@ def limit_and_repeat(env: HostEnv, limit: int = 0, repeat: int = 1) -> HostEnv:
             "episodes inside it. Leave action_repeat at 1 and time_limit at 0, and give its own "
             "options instead."
         )
-    return env._replace(open=functools.partial(_Repeated, env.open, limit, repeat))
-
-
-class _Repeated:
-    """A simulator that repeats actions and cuts episodes."""
-
-    def __init__(self, make: Callable[[], Simulator], limit: int, repeat: int):
-        self._inner, self._limit, self._repeat = make(), limit, repeat
-        self._elapsed = 0
-
-    def reset(self, seed: int | None) -> dict[str, Any]:
-        self._elapsed = 0
-        return self._inner.reset(seed)
-
-    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool]:
-        total = 0.0
-        for _ in range(self._repeat):
-            obs, reward, terminal, cut = self._inner.step(action)
-            total += reward
-            if terminal or cut:
-                break
-        self._elapsed += 1
-        return obs, total, terminal, cut or bool(self._limit and self._elapsed >= self._limit)
-
-    def close(self) -> None:
-        self._inner.close()
+    return env._replace(open=functools.partial(Repeated, env.open, limit, repeat))
 
 
 def _cores() -> int:

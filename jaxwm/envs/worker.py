@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxwm.types import Box, Discrete, HostEnv, JaxwmError, Simulator, Space, as_dict
+from jaxwm.spaces import Box, Discrete, HostEnv, JaxwmError, Simulator, Space, as_dict
 
 # How often a simulator may fail to begin an episode before its worker gives up.
 _TRIES = 3
@@ -134,6 +134,31 @@ def fit(name: str, space: Space, value: Any, lead: tuple[int, ...] = ()) -> np.n
     if not good.all():
         raise BadRow("bad value", f"observation {name!r} holds a NaN or an infinity: {array}")
     return array
+
+
+class Repeated:
+    """A simulator that repeats actions and cuts episodes."""
+
+    def __init__(self, make: Callable[[], Simulator], limit: int, repeat: int):
+        self._inner, self._limit, self._repeat = make(), limit, repeat
+        self._elapsed = 0
+
+    def reset(self, seed: int | None) -> dict[str, Any]:
+        self._elapsed = 0
+        return self._inner.reset(seed)
+
+    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool]:
+        total = 0.0
+        for _ in range(self._repeat):
+            obs, reward, terminal, cut = self._inner.step(action)
+            total += reward
+            if terminal or cut:
+                break
+        self._elapsed += 1
+        return obs, total, terminal, cut or bool(self._limit and self._elapsed >= self._limit)
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 class Loop:
