@@ -1,10 +1,11 @@
 """What a run tells while it trains: `metrics.jsonl`, a line on the console, TensorBoard.
 
 Metric names are paths: `episode/return`, `episode/length`, `loss/<name>`, `loss/total`,
-`grad_norm`, `replay/size`; with simulators on the host `host/waiting`, the share of the time spent
-waiting for them, and `host/faults`, how many they have had since the start. Each value is one
-number or one per seed. A value that is not finite is left out of the file (`episode/return` is NaN
-where no episode ended since the last write).
+`grad_norm`, `replay/size`, `memory/process` (resident bytes of the process that trains). With
+simulators on the host also `host/waiting`, the share of the time spent waiting for them,
+`host/faults`, how many they have had since the start, and `memory/simulators` (resident bytes of
+their processes). Each value is one number or one per seed. A value that is not finite is left out
+of the file (`episode/return` is NaN where no episode ended since the last write).
 
 `metrics.jsonl` holds one JSON object per write and seed: `step` (environment steps of one seed),
 `updates`, `seed`, `time` (seconds of training, over all resumes), then the metrics. It is

@@ -20,7 +20,7 @@ from jaxwm import checkpoint, plot, train
 from jaxwm import config as configs
 from jaxwm.agent import Agent
 from jaxwm.config import require
-from jaxwm.envs.host import Pool
+from jaxwm.envs.host import Pool, resident_bytes
 from jaxwm.evaluate import rollout
 from jaxwm.log import Logger, read_metrics
 from jaxwm.policy import members_of, trained
@@ -134,6 +134,7 @@ def _train(
             _check_losses(metrics, updates - before[1], step, config)
             capacity = config.replay.rows_per_env(config.envs)
             metrics["replay/size"] = min(step, capacity * config.envs)
+            metrics["memory/process"] = resident_bytes()
             # Metrics first: resuming drops the lines after the checkpoint, and adds none twice.
             logger.write(step, updates, metrics)
             if step >= config.steps or step // config.save_every > before[0] // config.save_every:

@@ -367,6 +367,7 @@ def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, coun
             metrics = _metrics(jax.device_get(sums), updates - clock.updates, episodes, np)
             metrics["host/waiting"] = waited / (time.perf_counter() - begun)
             metrics["host/faults"] = sum(pool.faults.values())
+            metrics["memory/simulators"] = pool.resident_bytes()
             return state, metrics
 
         return chunk

@@ -160,6 +160,8 @@ def test_a_run_from_start_to_end(config, own, tmp_path):
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [40, 80, 120, 160, 200, 240]
     assert {"host/waiting", "host/faults", "loss/total"} <= set(lines[-1])
+    # jax alone takes a hundred megabytes; a worker with numpy in it some twenty.
+    assert lines[-1]["memory/process"] > 5e7 > lines[-1]["memory/simulators"] > 5e6
     assert {x.name for x in (tmp_path / "run").iterdir()} >= {"curve.png", "dream.png"}
     again = resume(tmp_path / "run", 320, quiet=True)
     assert again.steps == 320 and again.updates > summary.updates

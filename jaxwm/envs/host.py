@@ -144,13 +144,7 @@ class _Worker:
 
     def resident_bytes(self) -> int:
         """Memory of the process; 0 where the system does not tell."""
-        if self._process is None:
-            return 0
-        try:
-            pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
-        except OSError:
-            return 0
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+        return resident_bytes(self._process.pid) if self._process else 0
 
     def hang_up(self) -> None:
         """Lets the process know that nothing more will come."""
@@ -371,6 +365,15 @@ def limit_and_repeat(env: HostEnv, limit: int = 0, repeat: int = 1) -> HostEnv:
             "options instead."
         )
     return env._replace(open=functools.partial(Repeated, env.open, limit, repeat))
+
+
+def resident_bytes(process: int | str = "self") -> int:
+    """Memory that a process holds; 0 where the system does not tell."""
+    try:
+        pages = Path(f"/proc/{process}/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cores() -> int:

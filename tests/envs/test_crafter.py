@@ -29,7 +29,7 @@ def test_rows_equal_the_package(monkeypatch):
     simulator, raw = adapter.make("reward", area=32).open(), crafter.Env((32, 32), seed=0)
     np.testing.assert_array_equal(simulator.reset(0)["image"], raw.reset())
     ends = rewards = 0
-    for action in np.random.default_rng(0).integers(17, size=300):
+    for action in np.random.default_rng(0).integers(17, size=1000):
         obs, reward, terminal, cut = simulator.step(action)
         image, raw_reward, done, info = raw.step(action)
         np.testing.assert_array_equal(obs["image"], image)
@@ -47,9 +47,7 @@ def test_a_seed_determines_the_game_without_help():
     want = raw.reset()  # worlds are the package's; in it only the creatures to vanish differ
     np.testing.assert_array_equal(first.reset(0)["image"], want)
     np.testing.assert_array_equal(second.reset(0)["image"], want)
-    for action in np.random.default_rng(1).integers(
-        17, size=200
-    ):  # two games of the package part before
+    for action in np.random.default_rng(1).integers(17, size=200):  # two of the package part before
         one, two = first.step(action), second.step(action)
         np.testing.assert_array_equal(one[0]["image"], two[0]["image"])
         assert one[1:] == two[1:]
