@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
@@ -92,7 +93,7 @@ def read_config(run: Path) -> RunConfig:
 
 
 def restore(run: Path, like: Any, config: RunConfig) -> Any:
-    """The state of the newest checkpoint, on the device.
+    """The state of the newest checkpoint, on the device but for what is numpy in `like`.
 
     Args:
       run: the run's folder.
@@ -191,8 +192,10 @@ def _raw(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _place(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, type and device of an array to read."""
+def _place(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
+    """Shape, type and device of an array to read; what is numpy is read as numpy."""
+    if isinstance(leaf, np.ndarray):
+        return leaf
     raw = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=device)
@@ -205,6 +208,7 @@ def _join(like: PyTree, found: dict[str, Any]) -> PyTree:
     for number, leaf in enumerate(leaves):
         value = found.get(str(number))
         if value is None:
-            value = jnp.zeros(leaf.shape, leaf.dtype)
+            xp: Any = np if isinstance(leaf, np.ndarray) else jnp
+            value = xp.zeros(leaf.shape, leaf.dtype)
         full.append(jax.random.wrap_key_data(value) if _is_key(leaf) else value)
     return jax.tree.unflatten(tree, full)

@@ -1,4 +1,4 @@
-"""Replay on the device: a ring of rows per environment, written and sampled inside the program.
+"""Replay: a ring of rows per environment, written and sampled inside the program.
 
 Every array is (environment, capacity, ...): the environment axis can be sharded, and adding a
 row for all environments is one slice update. Windows are T + 1 consecutive rows of one
@@ -9,6 +9,10 @@ New windows are trained on once before any other: each environment's rows are cu
 consecutive windows, which wait in a queue; the rest of a batch is uniform. The queue needs no
 storage, because all environments advance together: its content is a function of counters.
 Source: DreamerV3 (arXiv:2301.04104) and spec of its public code.
+
+The rings lie on the device. `host_replay` keeps the same rings in numpy, in the host's memory;
+which windows are sampled (`Replay.choose`, `places`) and what is kept of a latent (`pack`) is said
+here for both.
 """
 
 import dataclasses
@@ -16,7 +20,8 @@ import math
 import os
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +40,8 @@ class ReplayConfig:
       train_ratio: rows trained on per environment step, a whole number or a fraction; updates
         per environment step are train_ratio / (B * T), kept exactly over a run.
       online: whether every new window is trained on once before the uniform ones.
+      place: where the rows lie: in the device's memory, or, for simulators on the host, in the
+        host's, which is often larger. The run is the same.
     """
 
     capacity: int = 5_000_000
@@ -42,6 +49,7 @@ class ReplayConfig:
     batch_length: int = 64
     train_ratio: float = 32.0
     online: bool = True
+    place: Literal["device", "host"] = "device"
 
     def __post_init__(self):
         for name in ("capacity", "batch_size", "batch_length", "train_ratio"):
@@ -94,20 +102,32 @@ class Window(NamedTuple):
     index: Int[Array, "T B"]  # places of `steps` in the rings
 
 
+class Packed(NamedTuple):
+    """What is kept of latents."""
+
+    deter: Array  # (..., D), compute type
+    stoch: Array  # (..., S), class indices
+
+
 class Replay(NamedTuple):
     """A replay as pure functions.
 
     Attributes:
+      shapes: the `Buffer` of shapes.
       init: `() -> Buffer, Cursor`.
       add: `buffer, cursor, rows (N, ...), latents (N, ...) -> buffer, cursor`.
+      choose: `cursor, key -> env (B,), start (B,), cursor`, the windows of a batch: environment
+        and first row, counted from the start of the run.
       sample: `buffer, cursor, key -> Window, cursor`.
       write_back: `buffer, window, latents (T, B) -> buffer`.
       warmup: rows of each environment from which on there are enough windows to train.
       nbytes: size of the buffer in bytes.
     """
 
+    shapes: Buffer
     init: Callable[[], tuple[Buffer, Cursor]]
     add: Callable[..., tuple[Buffer, Cursor]]
+    choose: Callable[[Cursor, Key], tuple[Array, Array, Cursor]]
     sample: Callable[..., tuple[Window, Cursor]]
     write_back: Callable[..., Buffer]
     warmup: int
@@ -129,16 +149,11 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
     capacity = config.rows_per_env(count)
     length, batch = config.batch_length, config.batch_size
     classes = latent.stoch.shape[-1]
-    index_dtype = jnp.uint8 if classes <= 256 else jnp.int32
 
     def empty(x: Any) -> Any:
         return jax.ShapeDtypeStruct((count, capacity, *x.shape[1:]), x.dtype)
 
-    shapes = Buffer(
-        jax.tree.map(empty, row),
-        empty(latent.deter),
-        empty(jax.ShapeDtypeStruct(latent.stoch.shape[:2], index_dtype)),
-    )
+    shapes = Buffer(*jax.tree.map(empty, (row, *jax.eval_shape(pack, latent))))
     nbytes = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(shapes))
 
     def init() -> tuple[Buffer, Cursor]:
@@ -146,7 +161,7 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), Cursor(zero, zero)
 
     def add(buffer: Buffer, cursor: Cursor, rows: Step, latents: Latent) -> tuple[Buffer, Cursor]:
-        new = Buffer(rows, latents.deter, jnp.argmax(latents.stoch, -1).astype(index_dtype))
+        new = Buffer(rows, *pack(latents))
         place = cursor.written % capacity
 
         def put(ring: Array, value: Array) -> Array:
@@ -156,7 +171,6 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
         return jax.tree.map(put, buffer, new), cursor._replace(written=cursor.written + 1)
 
     def choose(cursor: Cursor, key: Key) -> tuple[Array, Array, Cursor]:
-        """Environment and first row (counted from the start of the run) of each window."""
         key_env, key_start = jax.random.split(key)
         oldest = jnp.maximum(cursor.written - capacity, 0)
         env = jax.random.randint(key_env, (batch,), 0, count)
@@ -180,14 +194,42 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
 
     def write_back(buffer: Buffer, window: Window, latents: Latent) -> Buffer:
         at = (jnp.broadcast_to(window.env[None], window.index.shape), window.index)
-        stoch = jnp.argmax(latents.stoch, -1).astype(index_dtype)
-        deter = buffer.deter.at[at].set(latents.deter.astype(buffer.deter.dtype))
-        return buffer._replace(deter=deter, stoch=buffer.stoch.at[at].set(stoch))
+        fresh = pack(latents)
+        deter = buffer.deter.at[at].set(fresh.deter.astype(buffer.deter.dtype))
+        return buffer._replace(deter=deter, stoch=buffer.stoch.at[at].set(fresh.stoch))
 
     # As many windows as the rows of a batch, as in the reference, if the rings hold so many.
     windows = min(batch * length, count * (capacity - length))
     warmup = length + max(1, -(-windows // count))
-    return Replay(init, add, sample, write_back, warmup, nbytes)
+    return Replay(shapes, init, add, choose, sample, write_back, warmup, nbytes)
+
+
+def pack(latents: Latent) -> Packed:
+    """What is kept of latents: of their one-hot classes only the indices, in bytes if they fit."""
+    dtype = jnp.uint8 if latents.stoch.shape[-1] <= 256 else jnp.int32
+    return Packed(latents.deter, jnp.argmax(latents.stoch, -1).astype(dtype))
+
+
+def unpack(packed: Packed, classes: int) -> Latent:
+    """The latents, of so many classes."""
+    stoch = jax.nn.one_hot(packed.stoch, classes, dtype=packed.deter.dtype)
+    return Latent(packed.deter, stoch)
+
+
+def places(start: Any, length: int, capacity: int, xp: Any = jnp) -> Any:
+    """Where the rows of windows lie in their rings, in jax or numpy.
+
+    Args:
+      start: first row of each window (..., B), counted from the start of the run.
+      length: trained rows T.
+      capacity: rows of each ring.
+      xp: jax.numpy or numpy, as `start` is.
+
+    Returns:
+      Places (..., T + 1, B).
+    """
+    rows = xp.arange(length + 1).reshape(*(1,) * (start.ndim - 1), -1, 1)
+    return (start[..., None, :] + rows) % capacity
 
 
 def read(
@@ -209,13 +251,11 @@ def read(
     Returns:
       The stored latent of the context row as carry, and the T rows after it.
     """
-    capacity = buffer.stoch.shape[1]
-    place = (start[None] + jnp.arange(length + 1)[:, None]) % capacity
+    place = places(start, length, buffer.stoch.shape[1])
     rows = jax.tree.map(lambda ring: ring[env[None], place], buffer.rows)
     steps = jax.tree.map(lambda x: x[1:], rows)
-    deter = buffer.deter[env, place[0]]
-    stoch = jax.nn.one_hot(buffer.stoch[env, place[0]], classes, dtype=deter.dtype)
-    return Window(Latent(deter, stoch), steps, env, place[1:])
+    context = Packed(buffer.deter[env, place[0]], buffer.stoch[env, place[0]])
+    return Window(unpack(context, classes), steps, env, place[1:])
 
 
 def close_abandoned(rows: Step) -> Step:
@@ -227,17 +267,34 @@ def close_abandoned(rows: Step) -> Step:
     return rows._replace(is_last=rows.is_last | follows)
 
 
-def check_fits(nbytes: int, what: str = "The replay") -> None:
-    """Refuses to allocate more bytes than the device has.
+def check_fits(
+    nbytes: int, what: str = "The replay", place: Literal["device", "host"] = "device"
+) -> None:
+    """Refuses to allocate more bytes than there are.
+
+    Args:
+      nbytes: bytes to allocate.
+      what: what they are for.
+      place: in whose memory.
 
     Raises:
       JaxwmError: stating both sizes.
     """
     device = jax.devices()[0]
-    stats = device.memory_stats() or {}
-    limit = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    stats = (device.memory_stats() or {}) if place == "device" else {}
+    limit = stats.get("bytes_limit") or _host_bytes()
     if nbytes > 0.9 * limit:
+        where = f"the device ({device.device_kind})" if place == "device" else "this host"
         raise JaxwmError(
-            f"{what} needs {nbytes / 2**30:.1f} GiB and the device ({device.device_kind}) has "
-            f"{limit / 2**30:.1f} GiB. Lower --replay.capacity or the number of seeds."
+            f"{what} needs {nbytes / 2**30:.1f} GiB and {where} has {limit / 2**30:.1f} GiB. "
+            "Lower --replay.capacity or the number of seeds."
         )
+
+
+def _host_bytes() -> int:
+    """The memory of this machine, or of the container that this process is confined to."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # another system, or "max"
+        return machine

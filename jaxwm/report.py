@@ -106,7 +106,7 @@ def write_summary(
         "updates per second and seed": f"{summary.updates / seconds:,.2f}",
         "steps per second and seed": f"{summary.steps / seconds:,.1f}",
         "last return in training": _last_return(folder, config.seeds),
-        "replay": f"{replay_bytes * config.seeds:,} bytes",
+        "replay": f"{replay_bytes * config.seeds:,} bytes in the {config.replay.place}'s memory",
     }
     evaluation = f"{config.eval_episodes} episodes for each seed" if lines else "none was asked for"
     text = f"""\

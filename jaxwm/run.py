@@ -305,8 +305,8 @@ def _headline(config: RunConfig, program: train.Program, folder: Path) -> str:
     seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
     return (
         f"{config.recipe} {config.size} in {config.env}{seeds} on {device.device_kind} "
-        f"({device.platform}): {count:,} parameters, a replay of {replay:,} bytes; "
-        f"the run goes to {folder}"
+        f"({device.platform}): {count:,} parameters, a replay of {replay:,} bytes in the memory of "
+        f"the {config.replay.place}; the run goes to {folder}"
     )
 
 

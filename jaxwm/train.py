@@ -5,7 +5,8 @@ step, and as many updates follow as the train ratio has earned. Both drivers do 
 `act` and `update`:
 
 - on the device, a chunk of iterations is one compiled program, environments included;
-- on the host, simulators step in worker processes while the device learns (`envs.host`).
+- on the host, simulators step in worker processes while the device learns (`envs.host`); the
+  replay then lies on the device too, or in the host's memory (`host_replay`).
 
 `jax.vmap` over the state adds seeds; counters and replay cursor are the same for all seeds and
 stay unmapped, so that slice updates and loops keep their form.
@@ -21,12 +22,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import envs
+from jaxwm import envs, host_replay
 from jaxwm.agent import Agent, AgentState, make_agent
+from jaxwm.config import require
 from jaxwm.envs import check, wrappers
 from jaxwm.envs.host import Pool, TooManyFaults, limit_and_repeat
 from jaxwm.recipes import RunConfig
-from jaxwm.replay import Buffer, Cursor, Replay, check_fits, replay
+from jaxwm.replay import (
+    Buffer,
+    Cursor,
+    Packed,
+    Replay,
+    check_fits,
+    close_abandoned,
+    pack,
+    replay,
+    unpack,
+)
 from jaxwm.types import (
     Action,
     Array,
@@ -87,7 +99,8 @@ class Program(NamedTuple):
       env: the environment: batched on the device, or on the host.
       agent: the agent.
       replay: the replay.
-      shapes: `() -> TrainState` of shapes; nothing is allocated or opened.
+      shapes: `() -> TrainState` of shapes, and of numpy arrays for what lies in the host's memory;
+        nothing is allocated or opened.
       init: `() -> TrainState`; the key of the run's seed is an argument of the compiled code.
       resume: `TrainState -> TrainState`, a restored one made ready to go on: simulators on the
         host, whose states cannot be stored, begin new episodes.
@@ -142,14 +155,20 @@ def build(
       single: the single environment, if it is not the one that `config.env` names.
 
     Raises:
-      JaxwmError: if the agent cannot take the environment's spaces, or the device cannot hold
-        the replay.
+      JaxwmError: if the agent cannot take the environment's spaces, or the replay cannot lie
+        where it should.
     """
     env = single or make_env(config)
+    require(
+        config.replay.place == "device" or isinstance(env, HostEnv),
+        f"A replay in the host's memory needs simulators on the host, and {env.name} runs on the "
+        "device, in one program with its replay. Leave --replay.place at device, and lower "
+        "--replay.capacity if the device has too little memory.",
+    )
     agent = make_agent(config.agent, env.obs_space, env.action_space)
     row = jax.eval_shape(lambda: _empty_row(env, config.envs))
     memory = replay(config.replay, row, jax.eval_shape(lambda: agent.initial(config.envs)))
-    check_fits(memory.nbytes * config.seeds)
+    check_fits(memory.nbytes * config.seeds, place=config.replay.place)
     count = iterations or max(1, config.log_every // config.envs)
     if isinstance(env, HostEnv):
         return _on_host(config, env, agent, memory, count)
@@ -257,6 +276,8 @@ def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, coun
     """
     many = config.seeds > 1
     earned, price = config.replay.updates_per_iteration(config.envs).as_integer_ratio()
+    stores = {"device": _store_on_device, "host": _store_in_host_memory}
+    store = stores[config.replay.place](config, agent, memory)
 
     def act(
         params: Params, carry: Latent, row: Step, key: Key, iteration: Array
@@ -264,24 +285,14 @@ def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, coun
         key_act, _ = jax.random.split(jax.random.fold_in(key, 2 * iteration))
         return agent.act(params, carry, row, key_act)
 
-    def learn(
-        params: Params, key: Key, rest: TrainState, sums: Metrics, due: Array
-    ) -> tuple[Params, TrainState, Metrics]:
-        state = rest._replace(agent=rest.agent._replace(params=params), key=key)
-        state, sums = _learn(state, sums, due, agent, memory)
-        return state.agent.params, _without_acting(state), sums
-
-    start = _start(config, agent, memory, lambda key: ((), _empty_row(env, config.envs)))
+    start: Any = _start(config, agent, memory, lambda key: ((), _empty_row(env, config.envs)))
     no_sums = functools.partial(_no_sums, agent=agent, memory=memory)
-    add: Any = memory.add
     if many:
         start = jax.vmap(start, out_axes=_AXES)
         no_sums = jax.vmap(no_sums, in_axes=(_AXES,))
         act = jax.vmap(act, in_axes=(0, 0, 0, 0, None))
-        add = jax.vmap(add, in_axes=(0, None, 0, 0), out_axes=(0, None))
-        learn = jax.vmap(learn, in_axes=(0, 0, _AXES, 0, None), out_axes=(0, _AXES, 0))
-    start, no_sums = functools.partial(jax.jit(start), _keys(config)), jax.jit(no_sums)
-    jits = (jax.jit(act), jax.jit(add, donate_argnums=0), jax.jit(learn, donate_argnums=(2, 3)))
+    start = functools.partial(jax.jit(store.start(start)), _keys(config))
+    no_sums, jits = jax.jit(no_sums), (jax.jit(act), *store.jits)
     opened: list[Pool] = []
 
     def close() -> None:
@@ -309,10 +320,12 @@ def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, coun
         return state._replace(env=acting, row=rows(opened[0].reset()), episodes=episodes)
 
     def shapes() -> TrainState:
-        like = jax.eval_shape(start)
+        like = store.shapes(jax.eval_shape(start))
         return like._replace(env=HostState(like.agent.params))
 
-    def chunk_of(act: Any, add: Any, learn: Any) -> Any:
+    def chunk_of(act: Any, *others: Any) -> Any:
+        add, learn = store.join(*others)
+
         def chunk(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
             pool, begun, waited = opened[0], time.perf_counter(), 0.0
             clock = jax.tree.map(int, jax.device_get(state.clock))
@@ -320,9 +333,10 @@ def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, coun
             row, carry, acting = state.row, state.carry, state.env.acting
             nothing = np.zeros((config.seeds,) if many else (), np.float32)
             episodes = state.episodes._replace(**dict.fromkeys(SUMS, nothing))
-            params, rest, sums = state.agent.params, _without_acting(state), no_sums(state)
+            params, rest = state.agent.params, _without_acting(state)
+            sums = no_sums(state._replace(buffer=()))
 
-            def store(row: Step, carry: Latent) -> None:
+            def keep(row: Step, carry: Latent) -> None:
                 nonlocal rest
                 buffer, cursor = add(rest.buffer, rest.clock.cursor, row, carry)
                 rest = rest._replace(buffer=buffer, clock=rest.clock._replace(cursor=cursor))
@@ -337,7 +351,7 @@ def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, coun
                 for _ in range(count):
                     carry, action = act(acting, carry, row, state.key, np.int32(iteration))
                     pool.send(flat(jax.device_get(action)))
-                    jobs.append(learner.submit(store, row, carry))
+                    jobs.append(learner.submit(keep, row, carry))
                     iteration += 1
                     credit = credit + earned if iteration >= memory.warmup else 0
                     due, credit = divmod(credit, price)
@@ -362,7 +376,9 @@ def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, coun
                 row=row,
                 carry=carry,
                 episodes=jax.tree.map(np.float32, episodes),
-                clock=rest.clock._replace(iteration=jnp.int32(iteration), credit=jnp.int32(credit)),
+                clock=jax.tree.map(
+                    jnp.int32, rest.clock._replace(iteration=iteration, credit=credit)
+                ),
             )
             metrics = _metrics(jax.device_get(sums), updates - clock.updates, episodes, np)
             metrics["host/waiting"] = waited / (time.perf_counter() - begun)
@@ -374,13 +390,10 @@ def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, coun
 
     def compile_chunk() -> Any:
         like = shapes()
-        number = jax.ShapeDtypeStruct((), jnp.int32)
-        rest, sums = _without_acting(like), jax.eval_shape(no_sums, like)
-        params, cursor = like.agent.params, like.clock.cursor
+        sums = jax.eval_shape(no_sums, like._replace(buffer=()))
         arguments = (
-            (params, like.carry, like.row, like.key, number),
-            (like.buffer, cursor, like.row, like.carry),
-            (params, like.key, rest, sums, number),
+            (like.agent.params, like.carry, like.row, like.key, _NUMBER),
+            *store.arguments(like, sums),
         )
         return chunk_of(*(f.lower(*a).compile() for f, a in zip(jits, arguments, strict=True)))
 
@@ -389,7 +402,7 @@ def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, coun
         agent=agent,
         replay=memory,
         shapes=shapes,
-        init=lambda: resume(start()),
+        init=lambda: resume(store.init(start())),
         resume=resume,
         chunk=chunk_of(*jits),
         compile=compile_chunk,
@@ -397,6 +410,154 @@ def _on_host(config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, coun
         close=close,
         iterations=count,
         seeds=config.seeds,
+    )
+
+
+class _Store(NamedTuple):
+    """A replay, and learning from it, for the learner's thread.
+
+    Attributes:
+      jits: the functions to compile.
+      arguments: `TrainState, sums -> arguments of each`, all of them shapes.
+      join: `*jits -> add, learn` with
+        `add: buffer, cursor, rows, latents -> buffer, cursor` and
+        `learn: params, key, rest, sums, due -> params, rest, sums`, where rest is what
+        `_without_acting` leaves. Buffer, rest and sums are used up; params are not, because they
+        act at the same time.
+      start: `function -> function`, of those that make a `TrainState` on the device.
+      init: `TrainState -> TrainState`, what came from there made whole.
+      shapes: the same for shapes.
+    """
+
+    jits: tuple[Any, ...]
+    arguments: Callable[[TrainState, Any], tuple[Any, ...]]
+    join: Callable[..., tuple[Any, Any]]
+    start: Callable[[Any], Any] = lambda function: function
+    init: Callable[[TrainState], TrainState] = lambda state: state
+    shapes: Callable[[TrainState], TrainState] = lambda like: like
+
+
+_NUMBER = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def _store_on_device(config: RunConfig, agent: Agent, memory: Replay) -> _Store:
+    """All updates of a round are one program."""
+
+    def learn(
+        params: Params, key: Key, rest: TrainState, sums: Metrics, due: Array
+    ) -> tuple[Params, TrainState, Metrics]:
+        state = rest._replace(agent=rest.agent._replace(params=params), key=key)
+        state, sums = _learn(state, sums, due, agent, memory)
+        return state.agent.params, _without_acting(state), sums
+
+    add: Any = memory.add
+    if config.seeds > 1:
+        add = jax.vmap(add, in_axes=(0, None, 0, 0), out_axes=(0, None))
+        learn = jax.vmap(learn, in_axes=(0, 0, _AXES, 0, None), out_axes=(0, _AXES, 0))
+
+    def arguments(like: TrainState, sums: Any) -> tuple[Any, ...]:
+        return (
+            (like.buffer, like.clock.cursor, like.row, like.carry),
+            (like.agent.params, like.key, _without_acting(like), sums, _NUMBER),
+        )
+
+    jits = (jax.jit(add, donate_argnums=0), jax.jit(learn, donate_argnums=(2, 3)))
+    return _Store(jits, arguments, lambda add, learn: (add, learn))
+
+
+def _store_in_host_memory(config: RunConfig, agent: Agent, memory: Replay) -> _Store:
+    """Each update is a program, which is handed its batch and hands back the fresh latents.
+
+    Which windows the updates of a round take depends on counters and keys alone, so one program
+    says it for all of them, before the first: the rows of the next batch are gathered while the
+    device computes.
+    """
+    earned, price = config.replay.updates_per_iteration(config.envs).as_integer_ratio()
+    most = -(-earned // price)  # updates in one round
+    length = config.replay.batch_length
+
+    def choose(key: Key, updates: Array, cursor: Cursor) -> tuple[Array, Array, Array]:
+        """Environment, first row (U, B) and the queue's counter afterwards (U,), for U updates."""
+
+        def one(cursor: Cursor, update: Array) -> tuple[Cursor, tuple[Array, Array, Array]]:
+            env, start, cursor = memory.choose(cursor, _update_keys(key, update)[0])
+            return cursor, (env, start, cursor.online)
+
+        return jax.lax.scan(one, cursor, updates + jnp.arange(most))[1]
+
+    def update(
+        params: Params,
+        key: Key,
+        others: AgentState,
+        sums: Metrics,
+        made: Array,
+        context: Packed,
+        steps: Step,
+    ) -> tuple[Params, AgentState, Metrics, Packed]:
+        state, carry = others._replace(params=params), unpack(context, classes)
+        key_update = _update_keys(key, made)[1]
+        state, latents, metrics = agent.update(state, carry, close_abandoned(steps), key_update)
+        sums = jax.tree.map(jnp.add, sums, metrics)
+        return state.params, state._replace(params=()), sums, pack(latents)
+
+    classes = jax.eval_shape(lambda: agent.initial(1)).stoch.shape[-1]
+    packing, lead = pack, ()
+    if config.seeds > 1:
+        lead = (config.seeds,)
+        packing = jax.vmap(pack)
+        choose = jax.vmap(choose, in_axes=(0, None, None), out_axes=(1, 1, None))
+        update = jax.vmap(update, in_axes=(0, 0, 0, 0, None, 0, 0))
+
+    def arguments(like: TrainState, sums: Any) -> tuple[Any, ...]:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        window, _ = jax.eval_shape(memory.sample, memory.shapes, like.clock.cursor, key)
+        context, steps = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype),
+            (jax.eval_shape(pack, window.context), window.steps),
+        )
+        agent_state = like.agent._replace(params=())
+        return (
+            (like.carry,),
+            (like.key, _NUMBER, like.clock.cursor),
+            (like.agent.params, like.key, agent_state, sums, _NUMBER, context, steps),
+        )
+
+    def join(pack: Any, choose: Any, update: Any) -> tuple[Any, Any]:
+        def add(buffer: Buffer, cursor: Cursor, rows: Step, latents: Any) -> Any:
+            written = int(cursor.written)
+            host_replay.add(buffer, written, rows, jax.device_get(pack(latents)))
+            return buffer, cursor._replace(written=np.int32(written + 1))
+
+        def learn(params: Params, key: Any, rest: TrainState, sums: Any, due: Any) -> Any:
+            buffer, clock, others = rest.buffer, rest.clock, rest.agent
+            made = int(clock.updates)
+            env, start, online = jax.device_get(choose(key, np.int32(made), clock.cursor))
+            steps = jax.device_put(host_replay.read(buffer, env[0], start[0], length))
+            for i in range(due):
+                context = host_replay.context(buffer, env[i], start[i])
+                params, others, sums, fresh = update(
+                    params, key, others, sums, np.int32(made + i), context, steps
+                )
+                if i + 1 < due:  # while the device computes
+                    following = host_replay.read(buffer, env[i + 1], start[i + 1], length)
+                    steps = jax.device_put(following)
+                host_replay.write_back(buffer, env[i], start[i], jax.device_get(fresh))
+            cursor = clock.cursor._replace(online=online[due - 1])
+            clock = clock._replace(updates=np.int32(made + due), cursor=cursor)
+            return params, rest._replace(agent=others, clock=clock), sums
+
+        return add, learn
+
+    def with_buffer(make: Any, state: TrainState) -> TrainState:
+        return state._replace(buffer=make(memory.shapes, lead))
+
+    return _Store(
+        (jax.jit(packing), jax.jit(choose), jax.jit(update, donate_argnums=(2, 3))),
+        arguments,
+        join,
+        start=lambda start: lambda keys: start(keys)._replace(buffer=()),
+        init=functools.partial(with_buffer, host_replay.empty),
+        shapes=functools.partial(with_buffer, host_replay.outline),
     )
 
 
@@ -415,6 +576,7 @@ def _zeros(count: int) -> list[Array]:
 
 def _no_sums(state: TrainState, agent: Agent, memory: Replay) -> Metrics:
     """Zeros to add the metrics of updates to."""
+    state = state._replace(buffer=memory.shapes)  # which may not lie on the device
     like = jax.eval_shape(lambda s: _one_update(s, agent, memory)[1], state)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
@@ -486,8 +648,7 @@ def _learn(
 def _one_update(state: TrainState, agent: Agent, memory: Replay) -> tuple[TrainState, Metrics]:
     """Samples a batch, updates the agent, writes the fresh latents back."""
     clock = state.clock
-    key = jax.random.fold_in(state.key, 2 * clock.updates + 1)
-    key_sample, key_update = jax.random.split(key)
+    key_sample, key_update = _update_keys(state.key, clock.updates)
     window, cursor = memory.sample(state.buffer, clock.cursor, key_sample)
     learned, latents, metrics = agent.update(state.agent, window.context, window.steps, key_update)
     state = state._replace(
@@ -496,6 +657,12 @@ def _one_update(state: TrainState, agent: Agent, memory: Replay) -> tuple[TrainS
         clock=clock._replace(updates=clock.updates + 1, cursor=cursor),
     )
     return state, metrics
+
+
+def _update_keys(key: Key, updates: Array) -> tuple[Key, Key]:
+    """Of the update after so many: the key that samples its batch, and the one it learns with."""
+    key_sample, key_update = jax.random.split(jax.random.fold_in(key, 2 * updates + 1))
+    return key_sample, key_update
 
 
 def _count_episodes(episodes: Any, row: Any, xp: Any = jnp) -> Episodes:

@@ -70,6 +70,10 @@ def told(monkeypatch, capsys, tmp_path):
         (f"{TRAIN} --replay.capacity 100", "fewer than the 65 rows of one window"),
         (f"{TRAIN} --replay.batch-length 0", "batch_length is 0; it must be positive"),
         (f"{TRAIN} --replay.capacity 99999999999999", "GiB. Lower --replay.capacity"),
+        (
+            f"{TRAIN} --replay.place host",
+            "simulators on the host, and toy/Memory runs on the device",
+        ),
         (f"{TRAIN} --steps 500 --log-every 1000", "500 steps, fewer than the 992 of one compiled"),
         (f"{TRAIN} --tensorbord", "Did you mean --tensorboard"),
         ("resume runs/none", "There is no run folder runs/none"),

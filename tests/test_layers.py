@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxwm"
 
 FLOORS = [
     {"spaces", "types", "numerics", "config"},
-    {"returns", "dists", "nets", "optim", "replay"},
+    {"returns", "dists", "nets", "optim", "replay", "host_replay"},
     {"envs", "models", "behaviors"},
     {"agent"},
     {"recipes"},

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import scripted
 
-from jaxwm import checkpoint, envs, train
+from jaxwm import checkpoint, envs, replay, train
 from jaxwm.envs.host import HostConfig
 from jaxwm.log import read_metrics
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay import ReplayConfig, close_abandoned
-from jaxwm.run import evaluate_run, resume, run
+from jaxwm.run import _headline, evaluate_run, resume, run
 from jaxwm.types import JaxwmError
 
 ITERATIONS = 10
@@ -181,3 +181,81 @@ def test_too_many_faults_save_and_stop_the_run(config, own, tmp_path):
 def test_modules_named_in_a_file_are_not_imported(config):
     with pytest.raises(JaxwmError, match="would import the module chain"):
         train.make_env(config)
+
+
+def placed(config, place, **changes):
+    where = dataclasses.replace(config.replay, place=place, **changes)
+    return dataclasses.replace(config, replay=where)
+
+
+def played_and_resumed(config, folder):
+    """Two chunks, a checkpoint, and two more from it: the program, states, and metrics."""
+    program = train.build(config, ITERATIONS, scripted.chain())
+    state = program.init()
+    for _ in range(2):
+        state, before = program.chunk(state)
+    with checkpoint.manager(folder) as saver:
+        checkpoint.save(saver, 1, state, config)
+    saved = jax.device_get(raw(state))
+    saved = saved._replace(buffer=jax.tree.map(np.copy, saved.buffer))
+    state = checkpoint.restore(folder, program.shapes(), config)
+    assert equal(raw(state), saved)
+    state = program.resume(state)
+    for _ in range(2):
+        state, after = program.chunk(state)
+    program.close()
+    metrics = [{k: x for k, x in y.items() if k != "host/waiting"} for y in (before, after)]
+    return program, (saved, state), metrics
+
+
+def on_device(shape):
+    return sum(x.shape[: len(shape)] == shape for x in jax.live_arrays())
+
+
+def test_a_replay_in_host_memory_is_the_same_run(config, tmp_path, caplog):
+    # 4 * 9 / 12 = 3 updates a round.
+    device, host = (placed(config, place, train_ratio=9.0) for place in ("device", "host"))
+    _, states, metrics = played_and_resumed(device, tmp_path / "device")
+    states = [jax.device_get(raw(x)) for x in states]
+    before = on_device((4, 100))
+    program, found, found_metrics = played_and_resumed(host, tmp_path / "host")
+    assert equal([raw(x) for x in found], states) and equal(found_metrics, metrics)
+    assert int(states[1].clock.updates) == 3 * (40 - 8)
+    # Its rings lie in the host's memory, and all else on the device, as donation needs it.
+    state = found[1]
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(state.buffer))
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves((state.agent, state.clock)))
+    assert on_device((4, 100)) == before
+    assert "bytes in the memory of the host" in _headline(host, program, tmp_path)
+
+    # Compiled once, and never again.
+    chunk, state = program.compile(), program.resume(found[1])
+    for number in range(3):
+        with jax.log_compiles(number > 0):
+            caplog.clear()
+            state, _ = chunk(state)
+    program.close()
+    assert not [x for x in caplog.records if "ompil" in x.getMessage()]
+    assert int(state.clock.updates) == 3 * (70 - 8) and on_device((4, 100)) == before
+
+    # The place belongs to the run.
+    with pytest.raises(JaxwmError, match=r"replay.place: 'host' here, 'device' there"):
+        checkpoint.restore(tmp_path / "device", program.shapes(), host)
+
+
+def test_a_replay_in_host_memory_for_seeds_side_by_side(config, reuse_unchecked, tmp_path):
+    config = dataclasses.replace(config, seeds=2)
+    _, states, _ = played_and_resumed(placed(config, "device"), tmp_path / "device")
+    _, found, _ = played_and_resumed(placed(config, "host"), tmp_path / "host")
+    assert int(found[1].clock.updates) > 10 and found[1].buffer.deter.shape == (2, 4, 100, 16)
+    assert equal([raw(x) for x in found], [raw(x) for x in states])
+
+
+def test_a_replay_that_cannot_lie_in_host_memory_is_told(config, monkeypatch):
+    config = placed(config, "host")
+    with pytest.raises(JaxwmError, match=r"needs simulators on the host, and chain runs on the de"):
+        train.build(config, single=scripted.device_chain())
+    # The host's memory counts, not the device's.
+    monkeypatch.setattr(replay, "_host_bytes", lambda: 1000)
+    with pytest.raises(JaxwmError, match=r"this host has 0.0 GiB. Lower --replay.capacity"):
+        train.build(config, single=scripted.chain())
