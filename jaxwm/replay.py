@@ -10,7 +10,7 @@ consecutive windows, which wait in a queue; the rest of a batch is uniform. The 
 storage, because all environments advance together: its content is a function of counters.
 Source: DreamerV3 (arXiv:2301.04104) and spec of its public code.
 
-The rings lie on the device. `host_replay` keeps the same rings in numpy, in the host's memory;
+The rings lie on the device. `replay_host` keeps the same rings in numpy, in the host's memory;
 which windows are sampled (`Replay.choose`, `places`) and what is kept of a latent (`pack`) is said
 here for both.
 """

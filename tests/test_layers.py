@@ -12,11 +12,11 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxwm"
 
 FLOORS = [
     {"spaces", "types", "numerics", "config"},
-    {"returns", "dists", "nets", "optim", "replay", "host_replay"},
+    {"returns", "dists", "nets", "optim", "replay", "replay_host"},
     {"envs", "models", "behaviors"},
     {"agent"},
     {"recipes"},
-    {"train", "mesh", "checkpoint", "log", "evaluate", "policy"},
+    {"train", "train_host", "mesh", "checkpoint", "log", "evaluate", "policy"},
     {"plot", "report", "run", "cli", "__init__", "__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS, start=1) for name in names}

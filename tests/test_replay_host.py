@@ -7,7 +7,7 @@ import pytest
 from test_checkpoint import bits
 from test_replay import BATCH, CAPACITY, LENGTH, D, K, N, S, make, rows
 
-from jaxwm import host_replay, replay
+from jaxwm import replay_host, replay
 from jaxwm.types import JaxwmError, Latent
 
 
@@ -17,7 +17,7 @@ def test_both_rings_are_the_same_past_their_end(dtype):
     shapes = memory.shapes._replace(deter=jax.ShapeDtypeStruct(memory.shapes.deter.shape, dtype))
     buffer, cursor = memory.init()
     buffer = buffer._replace(deter=buffer.deter.astype(dtype))
-    ours = host_replay.empty(shapes)
+    ours = replay_host.empty(shapes)
     choose, write_back = jax.jit(memory.choose), jax.jit(memory.write_back)
     random, twice, written = np.random.default_rng(0), 0, 0
     for number in range(25):
@@ -25,13 +25,13 @@ def test_both_rings_are_the_same_past_their_end(dtype):
         buffer, cursor = fill(buffer, cursor, written, written + more)
         for time in range(written, written + more):
             step, latent = jax.device_get(rows(time))
-            host_replay.add(ours, time, step, jax.device_get(replay.pack(latent)))
+            replay_host.add(ours, time, step, jax.device_get(replay.pack(latent)))
         written += more
 
         env, start, _ = jax.device_get(choose(cursor, jax.random.key(number)))
         window, cursor = memory.sample(buffer, cursor, jax.random.key(number))
-        steps = replay.close_abandoned(host_replay.read(ours, env, start, LENGTH))
-        context = replay.unpack(host_replay.context(ours, env, start), K)
+        steps = replay.close_abandoned(replay_host.read(ours, env, start, LENGTH))
+        context = replay.unpack(replay_host.context(ours, env, start), K)
         assert bits((context, steps)) == bits((window.context, window.steps))
 
         places = set(zip(np.tile(env, LENGTH), np.asarray(window.index).ravel(), strict=True))
@@ -40,15 +40,15 @@ def test_both_rings_are_the_same_past_their_end(dtype):
         stoch = np.eye(K, dtype=dtype)[random.integers(0, K, (LENGTH, BATCH, S))]
         buffer = write_back(buffer, window, Latent(deter, stoch))
         packed = jax.device_get(replay.pack(Latent(jnp.asarray(deter), jnp.asarray(stoch))))
-        host_replay.write_back(ours, env, start, packed)
+        replay_host.write_back(ours, env, start, packed)
     assert written > 4 * CAPACITY and twice > 5  # a row in two windows: the later one counts
     assert bits(ours) == bits(buffer) and ours.deter.shape == (N, CAPACITY, D)
 
 
 def test_seeds_are_rings_side_by_side():
     shapes = make(True)[0].shapes
-    many = host_replay.empty(shapes, (2,))
-    apart = [host_replay.empty(shapes) for _ in range(2)]
+    many = replay_host.empty(shapes, (2,))
+    apart = [replay_host.empty(shapes) for _ in range(2)]
     random = np.random.default_rng(1)
 
     def both(x, y):
@@ -57,25 +57,25 @@ def test_seeds_are_rings_side_by_side():
     for time in range(CAPACITY + 7):
         new = [jax.device_get((x, replay.pack(y))) for x, y in (rows(time), rows(time + 500))]
         for ring, (step, latents) in zip(apart, new, strict=True):
-            host_replay.add(ring, time, step, latents)
-        host_replay.add(many, time, *both(*new))
+            replay_host.add(ring, time, step, latents)
+        replay_host.add(many, time, *both(*new))
     env = random.integers(0, N, (2, BATCH))
     start = random.integers(7, CAPACITY + 7 - LENGTH, (2, BATCH))
     deter = random.normal(size=(2, LENGTH, BATCH, D)).astype(np.float32)
     stoch = random.integers(0, K, (2, LENGTH, BATCH, S)).astype(np.uint8)
-    host_replay.write_back(many, env, start, replay.Packed(deter, stoch))
+    replay_host.write_back(many, env, start, replay.Packed(deter, stoch))
     for i, ring in enumerate(apart):
-        host_replay.write_back(ring, env[i], start[i], replay.Packed(deter[i], stoch[i]))
+        replay_host.write_back(ring, env[i], start[i], replay.Packed(deter[i], stoch[i]))
     assert bits(many) == bits(both(*apart))
-    windows = [host_replay.read(r, env[i], start[i], LENGTH) for i, r in enumerate(apart)]
-    assert bits(host_replay.read(many, env, start, LENGTH)) == bits(both(*windows))
-    contexts = [host_replay.context(r, env[i], start[i]) for i, r in enumerate(apart)]
-    assert bits(host_replay.context(many, env, start)) == bits(both(*contexts))
+    windows = [replay_host.read(r, env[i], start[i], LENGTH) for i, r in enumerate(apart)]
+    assert bits(replay_host.read(many, env, start, LENGTH)) == bits(both(*windows))
+    contexts = [replay_host.context(r, env[i], start[i]) for i, r in enumerate(apart)]
+    assert bits(replay_host.context(many, env, start)) == bits(both(*contexts))
 
 
 def test_an_outline_takes_no_memory():
     shapes = make(True)[0].shapes
-    outline, empty = (f(shapes, (2,)) for f in (host_replay.outline, host_replay.empty))
+    outline, empty = (f(shapes, (2,)) for f in (replay_host.outline, replay_host.empty))
     assert bits(outline) == bits(empty) and outline.deter.shape == (2, N, CAPACITY, D)
     assert all(set(x.strides) == {0} for x in jax.tree.leaves(outline))
 
