@@ -217,4 +217,6 @@ def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpa
         metrics = report.metrics | {"grad_norm": global_norm(grads)}
         return AgentState(params, slow_value, opt, report.behavior), report.latents, metrics
 
+    # Traced once for a batch's shapes, however often a program asks for it.
+    update = jax.jit(update, inline=True)
     return Agent(model, behavior, init, model.initial, act, noise, loss, update)
