@@ -189,9 +189,10 @@ class TwoHot(_Distribution):
         return self.bins[jax.random.categorical(key, self.logits, shape=(n, *self._shape))]
 
     def log_prob(self, value: Num[Array, "*batch"]) -> Float[Array, "*batch"]:
+        # The weights add up to 1, so that the normaliser can be taken out of the sum.
         target = twohot(value, self.bins)
-        logprobs = prepend_axes(jax.nn.log_softmax(self.logits), target.ndim)
-        return jnp.sum(target * logprobs, axis=-1)
+        total = prepend_axes(jax.nn.logsumexp(self.logits, -1), value.ndim)
+        return jnp.sum(target * prepend_axes(self.logits, target.ndim), axis=-1) - total
 
     def mean(self) -> Float[Array, "*batch"]:
         """Expected bin position; exactly 0 for uniform logits."""

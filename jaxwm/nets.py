@@ -8,7 +8,7 @@ DreamerV3 (arXiv:2301.04104).
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -48,6 +48,46 @@ class RMSNorm(nn.Module):
         return (wide * inverse * _over(scale, wide, self.axis)).astype(x.dtype)
 
 
+class Kernel(NamedTuple):
+    """A kernel and its transpose, both in memory, for products with features first.
+
+    Made before a loop, they spare every step the transposition that the product or its gradient
+    would need: on a CPU that takes most of the time of a product with few columns.
+    """
+
+    plain: Float[Array, "*blocks inputs outputs"]
+    turned: Float[Array, "*blocks outputs inputs"]
+
+
+def kernel_of(plain: Float[Array, "*blocks inputs outputs"]) -> Kernel:
+    """A kernel with its transpose; gradients reach it through `plain`."""
+    turned = jax.lax.stop_gradient(jnp.swapaxes(plain, -1, -2))
+    # Without the barrier the compiler takes the transposition back into the loop.
+    return Kernel(plain, jax.lax.optimization_barrier(turned))
+
+
+@jax.custom_vjp
+def columns(
+    kernel: Kernel, x: Float[Array, "*blocks inputs N"]
+) -> Float[Array, "*blocks outputs N"]:
+    """`kernel.T @ x`: a linear map with features first and the batch last."""
+    return kernel.turned @ x
+
+
+def _columns_forward(kernel, x):
+    return kernel.turned @ x, (kernel, x)
+
+
+def _columns_backward(saved, grad):
+    kernel, x = saved
+    grad_kernel = x @ jnp.swapaxes(grad, -1, -2)
+    none: Any = None  # no gradient at all: zeros would be added up in every step
+    return Kernel(grad_kernel, none), kernel.plain @ grad
+
+
+columns.defvjp(_columns_forward, _columns_backward)
+
+
 class Linear(nn.Module):
     """`x @ kernel + bias`; `rows` applies a slice of the input rows alone.
 
@@ -68,13 +108,23 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
         return self.add_bias(self.rows(x, 0))
 
+    def laid_out(self, size: int) -> Kernel:
+        """The first `size` rows, for `columns`."""
+        return kernel_of(self.kernel[:size].astype(self.dtype))
+
     def rows(self, x: Float[Array, "*lead part"], start: int) -> Float[Array, "*lead outputs"]:
         """`x @ kernel[start : start + part]`, without the bias."""
         kernel = self.kernel[start : start + x.shape[-1]]
         return x.astype(self.dtype) @ kernel.astype(self.dtype)
 
-    def add_bias(self, x: Float[Array, "*lead outputs"]) -> Float[Array, "*lead outputs"]:
-        return x + _over(self.bias.astype(self.dtype), x)
+    def columns(self, x: Float[Array, "inputs N"]) -> Float[Array, "N outputs"]:
+        """`x.T @ kernel`, without the bias."""
+        product = jnp.einsum("io,in->on", self.kernel.astype(self.dtype), x.astype(self.dtype))
+        # The barrier keeps the compiler from transposing the larger x instead.
+        return jax.lax.optimization_barrier(product).T
+
+    def add_bias(self, x: Float[Array, "*shape"], axis: int = -1) -> Float[Array, "*shape"]:
+        return x + _over(self.bias.astype(self.dtype), x, axis)
 
 
 class BlockLinear(nn.Module):
@@ -104,19 +154,14 @@ class BlockLinear(nn.Module):
         kernel = self.kernel[:, start : start + x.shape[-1]]
         return jnp.einsum("...gi,gio->...go", x.astype(self.dtype), kernel.astype(self.dtype))
 
-    def columns(self, x: Float[Array, "G part N"], start: int) -> Float[Array, "G out N"]:
-        """`rows` with features first and the batch last."""
-        kernel = self.kernel[:, start : start + x.shape[1]].astype(self.dtype)
-        return jnp.einsum("gio,gin->gon", kernel, x.astype(self.dtype))
+    def laid_out(self, size: int) -> Kernel:
+        """Each block's first `size` rows, for `columns`."""
+        return kernel_of(self.kernel[:, :size].astype(self.dtype))
 
-    def shared_columns(self, x: Float[Array, "*lead N part"], start: int) -> Array:
-        """One input read by every block, (..., N, part) to (..., outputs, N), without the bias.
-
-        All blocks' rows for it make a single dense product.
-        """
-        kernel = self.kernel[:, start : start + x.shape[-1]]
-        dense = kernel.transpose(1, 0, 2).reshape(x.shape[-1], self.outputs)
-        return jnp.einsum("io,...ni->...on", dense.astype(self.dtype), x.astype(self.dtype))
+    def shared(self, start: int, size: int) -> Float[Array, "size outputs"]:
+        """Rows for an input that every block reads, as the kernel of one dense product."""
+        rows = self.kernel[:, start : start + size].transpose(1, 0, 2)
+        return rows.reshape(size, self.outputs).astype(self.dtype)
 
     def add_bias(self, x: Float[Array, "*shape"], axis: int = -1) -> Float[Array, "*shape"]:
         return x + _over(self.bias.astype(self.dtype), x, axis)
@@ -131,11 +176,13 @@ class MLP(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead units"]:
+    def __call__(self, x: Array, features_first: bool = False) -> Float[Array, "*lead units"]:
+        """Of rows (..., inputs), or of columns (inputs, N) if `features_first`."""
         size = self.inputs
         for index in range(self.layers):
-            x = Linear(size, self.units, dtype=self.dtype, name=f"linear{index}")(x)
-            x = silu(RMSNorm(self.units, name=f"norm{index}")(x))
+            linear = Linear(size, self.units, dtype=self.dtype, name=f"linear{index}")
+            x = linear.columns(x) if features_first and index == 0 else linear.rows(x, 0)
+            x = silu(RMSNorm(self.units, name=f"norm{index}")(linear.add_bias(x)))
             size = self.units
         return x
 
@@ -292,6 +339,18 @@ def _conv_params(module: Conv | ConvTranspose) -> tuple[Array, Array]:
     kernel = module.param("kernel", init, shape)
     bias = module.param("bias", nn.initializers.zeros, (module.outputs,))
     return kernel, bias
+
+
+def by_slices(function: Callable[..., Any], *arrays: Any) -> Any:
+    """`function(*arrays)`; on CPU, where slices are large, one after the other.
+
+    What is computed in between then stays in the cache, and the gradient computes it again
+    rather than keep it: on a CPU, writing large arrays costs more than most of what fills them.
+    """
+    largest = max(x[0].size for x in jax.tree.leaves(arrays))
+    if jax.default_backend() != "cpu" or largest < 2**17:
+        return function(*arrays)
+    return jax.lax.map(jax.checkpoint(lambda slices: function(*slices)), arrays)
 
 
 def _over(vector: Array, like: Array, axis: int = -1) -> Array:

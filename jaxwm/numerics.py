@@ -97,14 +97,16 @@ def twohot(value: Num[Array, "*batch"], bins: Float[Array, " n"]) -> Float[Array
 
     Source: "Critic learning" in DreamerV3 (arXiv:2301.04104).
     """
-    value, bins = jax.lax.stop_gradient((value.astype(jnp.float32)[..., None], bins))
-    bins = prepend_axes(bins, value.ndim)
-    lower, width = bins[..., :-1], jnp.diff(bins)
-    # How far the value has passed through each gap between bins, 0 before and 1 beyond it.
-    # Neighbouring gaps' differences are the weights: no search, gather or scatter.
-    inside = jnp.clip((value - lower) / jnp.where(width > 0, width, 1.0), 0.0, 1.0)
-    passed = jnp.where(width > 0, inside, (value >= lower).astype(jnp.float32))
-    return -jnp.diff(passed, prepend=1.0, append=0.0)
+    value, bins = jax.lax.stop_gradient((value.astype(jnp.float32), bins))
+    last = bins.shape[-1] - 1
+    below = jnp.sum(prepend_axes(bins, value.ndim + 1) <= value[..., None], -1) - 1
+    below = jnp.clip(below, 0, last - 1)
+    lower, upper = bins[below], bins[below + 1]
+    share = (jnp.clip(value, bins[0], bins[last]) - lower) / (upper - lower)
+    offset = jnp.arange(last + 1).reshape((1,) * value.ndim + (-1,)) - below[..., None]
+    share = share[..., None]
+    # The last factor is there for NaN alone.
+    return jnp.where(offset == 0, 1 - share, jnp.where(offset == 1, share, 0 * share))
 
 
 def twohot_mean(

@@ -130,6 +130,7 @@ class WorldModel(NamedTuple):
       predict: `params, latents -> {obs key | "reward" | "continue": distribution}`.
       loss: `params, carry, steps, noise -> {name: loss (T, B)}, latents, metrics`.
       features: `latent -> (..., F)`, what heads read.
+      split: `(..., F) -> latent`, the way back.
     """
 
     init: Callable[..., Params]
@@ -140,6 +141,7 @@ class WorldModel(NamedTuple):
     predict: Callable[..., Any]
     loss: Callable[..., Any]
     features: Callable[[Latent], Array]
+    split: Callable[[Array], Latent]
 
 
 class Behavior(NamedTuple):

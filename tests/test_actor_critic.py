@@ -43,7 +43,10 @@ def linear_model() -> WorldModel:
         reward = params["reward"] * latents.deter[..., 0]
         return {"reward": Mean(value=reward), "continue": Mean(value=0.9 + 0.0 * reward)}
 
-    return WorldModel(None, None, None, None, imagine, predict, None, features)
+    def split(feat):
+        return Latent(feat, jnp.zeros((*feat.shape[:-1], 1, 1)))
+
+    return WorldModel(None, None, None, None, imagine, predict, None, features, split)
 
 
 def test_targets_of_two_imagined_steps_by_hand():

@@ -71,18 +71,42 @@ def test_block_linear_is_a_dense_layer_of_blocks(rng):
     want = x @ dense + params["bias"]
     np.testing.assert_allclose(apply(module, params, x), want, atol=1e-6)
 
-    def method(name, *args):
-        return apply(module, params, *args, method=name)
-
     # The same with features first.
-    grouped = x.T.reshape(2, 3, 7)
-    columns = method("columns", grouped, 0).reshape(4, 7)
-    np.testing.assert_allclose(method("add_bias", columns, 0), want.T, atol=1e-6)
+    def columns(method, x, *args):
+        laid_out = nets.call(module, method)(jax.tree.map(jnp.asarray, params), *args)
+        kernel = laid_out if method == "laid_out" else nets.kernel_of(laid_out)
+        return nets.columns(kernel, jnp.asarray(x))
+
+    grouped = columns("laid_out", x.T.reshape(2, 3, 7), 3).reshape(4, 7)
+    have = apply(module, params, np.asarray(grouped), 0, method="add_bias")
+    np.testing.assert_allclose(have, want.T, atol=1e-6)
     # One input for all blocks: as if each block had it in its own rows, here the last two.
     shared = normal(rng, 7, 2)
     repeated = np.concatenate([shared, shared], -1).reshape(7, 2, 2)
-    each = method("rows", repeated, 1).reshape(7, 4)
-    np.testing.assert_allclose(method("shared_columns", shared, 1), each.T, atol=1e-6)
+    each = apply(module, params, repeated, 1, method="rows").reshape(7, 4)
+    np.testing.assert_allclose(columns("shared", shared.T, 1, 2), each.T, atol=1e-6)
+
+
+def test_columns_have_the_gradients_of_a_product(rng):
+    kernel, x, weight = normal(rng, 2, 5, 3), normal(rng, 2, 5, 7), normal(rng, 2, 3, 7)
+    ours = lambda k, x: jnp.sum(weight * nets.columns(nets.kernel_of(k), x))  # noqa: E731
+    plain = lambda k, x: jnp.sum(weight * jnp.einsum("gio,gin->gon", k, x))  # noqa: E731
+    have, want = (jax.jit(jax.grad(f, (0, 1)))(kernel, x) for f in (ours, plain))
+    for have_one, want_one in zip(have, want, strict=True):
+        np.testing.assert_allclose(have_one, want_one, atol=1e-5)
+
+
+def test_slices_change_neither_values_nor_gradients(rng):
+    x = normal(rng, 3, 2, 2**17)
+
+    def total(x):
+        low, high = nets.by_slices(lambda x: (x.min(-1), jnp.sin(x).sum(-1)), x)
+        return jnp.sum(low * high)
+
+    whole = lambda x: jnp.sum(x.min(-1) * jnp.sin(x).sum(-1))  # noqa: E731
+    have, want = (jax.jit(jax.value_and_grad(f))(x) for f in (total, whole))
+    for have_one, want_one in zip(have, want, strict=True):
+        np.testing.assert_allclose(have_one, want_one, rtol=1e-3, atol=1e-3)
 
 
 def test_heads_share_a_trunk_and_start_at_zero_if_asked(rng):

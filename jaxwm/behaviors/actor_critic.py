@@ -236,24 +236,33 @@ def actor_critic(
             action_noise,
         )
         imagined, actions = sg((imagined, actions))
-        heads = model.predict(fixed_model, imagined, ("reward", "continue"))
+
         feat = model.features(imagined)
-        cont = heads["continue"].mean()
+
+        def judge(feat: Array) -> list[Array]:
+            heads = model.predict(fixed_model, model.split(feat), ("reward", "continue"))
+            values, slow_values = value(fixed_params, feat), value(slow, feat)
+            return [x.mean() for x in (heads["reward"], heads["continue"], values, slow_values)]
+
+        judged = zip(nets.by_slices(judge, feat[:-1]), judge(feat[-1]), strict=True)
+        reward, cont, values, slow_values = sg([jnp.concatenate([xs, x[None]]) for xs, x in judged])
         if config.start_weight == "true":
             cont = cont.at[0].set(1.0 - steps.is_terminal.reshape(-1))
-        values = value(params, feat)
-        dream, state = dream_targets(config, state, heads["reward"].mean(), cont, values.mean())
+        dream, state = dream_targets(config, state, reward, cont, values)
 
-        plan = policy(params, feat[:-1])
-        log_prob = sum(plan[k].log_prob(action) for k, action in as_dict(actions).items())
-        entropy: Any = sum(dist.entropy() for dist in plan.values())
-        score = log_prob * dream.advantage + config.entropy * entropy
-        policy_loss = -(dream.weight * score).mean(0)
+        def learn(feat, action, advantage, returns, slow_value) -> tuple[Array, ...]:
+            plan = policy(params, feat)
+            log_prob = sum(plan[k].log_prob(x) for k, x in as_dict(action).items())
+            entropy: Any = sum(dist.entropy() for dist in plan.values())
+            score = log_prob * advantage + config.entropy * entropy
+            estimate = value(params, feat)
+            pull = estimate.log_prob(slow_value)
+            return score, estimate.log_prob(returns) + config.slow_regularizer * pull, entropy
 
-        slow_value = sg(value(slow, feat[:-1]).mean())
-        errors = -dists.TwoHot(values.logits[:-1], bins).log_prob(dream.returns)
-        pull = -dists.TwoHot(values.logits[:-1], bins).log_prob(slow_value)
-        value_loss = (dream.weight * (errors + config.slow_regularizer * pull)).mean(0)
+        score, fit, entropy = nets.by_slices(
+            learn, feat[:-1], actions, dream.advantage, dream.returns, slow_values[:-1]
+        )
+        policy_loss, value_loss = (-(dream.weight * x).mean(0) for x in (score, fit))
 
         # Replayed rows: the dream's first returns are the bootstrap, and the gradient goes on
         # into the world model.
@@ -265,7 +274,7 @@ def actor_critic(
         )
         replayed = value(params, model.features(jax.tree.map(lambda x: x[:-1], latents)))
         replay_loss = -replayed.log_prob(targets)
-        slow_start = slow_value[0].reshape(lead)[:-1]
+        slow_start = slow_values[0].reshape(lead)[:-1]
         replay_loss -= config.slow_regularizer * replayed.log_prob(slow_start)
         replay_loss *= 1.0 - steps.is_last[:-1]
 

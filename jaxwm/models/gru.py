@@ -11,6 +11,7 @@ gate is one contiguous slab, and no product needs a transposition.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -42,6 +43,15 @@ class BlockGRUConfig:
             )
 
 
+class Kernels(NamedTuple):
+    """The kernels of the products inside `step`."""
+
+    in_deter: nets.Kernel  # (D, hidden)
+    own: nets.Kernel  # (blocks, D / blocks, D / blocks): a block's own slice of h
+    shared: nets.Kernel  # (2 * hidden, D): what all blocks read
+    gates: nets.Kernel  # (blocks, D / blocks, 3 * D / blocks)
+
+
 class BlockGRU(nn.Module):
     """`h' = u * tanh(r * c) + (1 - u) * h` with gates from a block-linear hidden layer."""
 
@@ -55,7 +65,7 @@ class BlockGRU(nn.Module):
         self.in_deter = nets.Linear(deter, hidden, dtype=self.dtype)
         self.in_stoch = nets.Linear(self.stoch_size, hidden, dtype=self.dtype)
         self.in_action = nets.Linear(self.action_size, hidden, dtype=self.dtype)
-        self.in_deter_norm = nets.RMSNorm(hidden)
+        self.in_deter_norm = nets.RMSNorm(hidden, axis=0)
         self.in_stoch_norm = nets.RMSNorm(hidden)
         self.in_action_norm = nets.RMSNorm(hidden)
         # Per block: its own slice of h, then the three projections that all blocks share.
@@ -67,7 +77,17 @@ class BlockGRU(nn.Module):
         self, deter: Float[Array, "N D"], stoch: Float[Array, "N SK"], action: Float[Array, "N A"]
     ) -> Float[Array, "N D"]:
         """One step with the batch first."""
-        return self.step(deter.T, stoch, self.action_input(action)).T
+        return self.step(self.kernels(), deter.T, stoch, self.action_input(action)).T
+
+    def kernels(self) -> Kernels:
+        """What `step` multiplies with, laid out once for all steps."""
+        size, hidden = self.config.deter // self.config.blocks, self.config.hidden
+        return Kernels(
+            self.in_deter.laid_out(self.config.deter),
+            self.hidden.laid_out(size),
+            nets.kernel_of(self.hidden.shared(size, 2 * hidden)),
+            self.gates.laid_out(size),
+        )
 
     def action_input(self, action: Float[Array, "*lead N A"]) -> Float[Array, "*lead D N"]:
         """What an action adds to the hidden layer, its bias included.
@@ -76,11 +96,14 @@ class BlockGRU(nn.Module):
         """
         action = action / jax.lax.stop_gradient(jnp.maximum(1.0, jnp.abs(action)))
         x2 = nets.silu(self.in_action_norm(self.in_action(action)))
-        start = self.config.deter // self.config.blocks + 2 * self.config.hidden
-        return self.hidden.add_bias(self.hidden.shared_columns(x2, start), axis=-2)
+        hidden = self.config.hidden
+        start = self.config.deter // self.config.blocks + 2 * hidden
+        shared = jnp.einsum("io,...ni->...on", self.hidden.shared(start, hidden), x2)
+        return self.hidden.add_bias(shared, axis=-2)
 
     def step(
         self,
+        kernels: Kernels,
         deter: Float[Array, "D N"],
         stoch: Float[Array, "N SK"],
         action_input: Float[Array, "D N"],
@@ -88,15 +111,14 @@ class BlockGRU(nn.Module):
         """One step of the recurrence, from the precomputed `action_input`."""
         blocks, slice_size = self.config.blocks, self.config.deter // self.config.blocks
         cut = (blocks, slice_size, deter.shape[-1])
-        x0 = nets.silu(self.in_deter_norm(self.in_deter(deter.T)))
+        x0 = self.in_deter.add_bias(nets.columns(kernels.in_deter, deter), axis=0)
+        x0 = nets.silu(self.in_deter_norm(x0))
         x1 = nets.silu(self.in_stoch_norm(self.in_stoch(stoch)))
-        own = self.hidden.columns(deter.reshape(cut), 0).reshape(deter.shape)
-        shared = self.hidden.shared_columns(jnp.concatenate([x0, x1], -1), slice_size)
+        own = nets.columns(kernels.own, deter.reshape(cut)).reshape(deter.shape)
+        shared = nets.columns(kernels.shared, jnp.concatenate([x0, x1.T]))
         x = nets.silu(self.hidden_norm(own + shared + action_input))
-        gates = self.gates.add_bias(
-            self.gates.columns(x.reshape(cut), 0).reshape(-1, deter.shape[-1]), axis=0
-        )
-        gates = gates.reshape(blocks, 3, slice_size, -1)
+        gates = nets.columns(kernels.gates, x.reshape(cut)).reshape(-1, deter.shape[-1])
+        gates = self.gates.add_bias(gates, axis=0).reshape(blocks, 3, slice_size, -1)
         reset, candidate, update = (gates[:, i].reshape(deter.shape) for i in range(3))
         update = jax.nn.sigmoid(update - 1)
         return update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * deter

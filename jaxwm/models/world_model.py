@@ -91,16 +91,31 @@ class Posterior(nn.Module):
     def setup(self):
         latent, core, dtype = self.config.latent, self.config.core, self.config.dtype
         self.hidden = nets.Linear(core.deter + self.token_size, core.hidden, dtype=dtype)
-        self.norm = nets.RMSNorm(core.hidden)
+        self.norm = nets.RMSNorm(core.hidden, axis=0)
         self.logits = nets.Linear(core.hidden, latent.stoch * latent.classes, dtype=dtype)
 
-    def token_input(self, tokens: Array) -> Array:
-        return self.hidden.add_bias(self.hidden.rows(tokens, self.config.core.deter))
+    def kernels(self) -> tuple[nets.Kernel, nets.Kernel]:
+        """What `step` multiplies with, laid out once for all steps."""
+        core = self.config.core
+        return self.hidden.laid_out(core.deter), self.logits.laid_out(core.hidden)
 
-    def __call__(self, deter: Array, token_input: Array) -> Array:
-        x = nets.silu(self.norm(self.hidden.rows(deter, 0) + token_input))
-        x = self.logits(x)
-        return x.reshape(*x.shape[:-1], self.config.latent.stoch, self.config.latent.classes)
+    def token_input(self, tokens: Array) -> Array:
+        """The tokens' share of the hidden layer: (..., N, F) to (..., hidden, N)."""
+        tokens = self.hidden.add_bias(self.hidden.rows(tokens, self.config.core.deter))
+        return jnp.swapaxes(tokens, -1, -2)
+
+    def step(
+        self, kernels: tuple[nets.Kernel, nets.Kernel], deter: Array, token_input: Array
+    ) -> Array:
+        """Logits (N, S, K) from deter (D, N) and the precomputed `token_input`."""
+        hidden, logits = kernels
+        x = nets.silu(self.norm(nets.columns(hidden, deter) + token_input))
+        x = self.logits.add_bias(nets.columns(logits, x), axis=0)
+        return x.T.reshape(-1, self.config.latent.stoch, self.config.latent.classes)
+
+    def __call__(self, deter: Array, tokens: Array) -> Array:
+        """Logits with the batch first, from (N, D) and (N, F)."""
+        return self.step(self.kernels(), deter.T, self.token_input(tokens))
 
 
 class Prior(nn.Module):
@@ -109,9 +124,10 @@ class Prior(nn.Module):
     config: WorldModelConfig
 
     @nn.compact
-    def __call__(self, deter: Array) -> Array:
+    def __call__(self, deter: Array, features_first: bool = False) -> Array:
+        """Of deter (..., D), or of (D, N) if `features_first`."""
         latent, core, dtype = self.config.latent, self.config.core, self.config.dtype
-        x = nets.MLP(core.deter, core.hidden, 2, dtype, name="mlp")(deter)
+        x = nets.MLP(core.deter, core.hidden, 2, dtype, name="mlp")(deter, features_first)
         size = latent.stoch * latent.classes
         x = nets.Linear(core.hidden, size, dtype=dtype, name="logits")(x)
         return x.reshape(*x.shape[:-1], latent.stoch, latent.classes)
@@ -143,12 +159,18 @@ def world_model(
     reward = nets.Heads(feature_size, config.units, 1, {"out": config.bins}, 0.0, dtype)
     cont = nets.Heads(feature_size, config.units, 1, {"out": 1}, 1.0, dtype)
     sample_obs = zeros(obs_space, (1,))
-    token_size = jax.eval_shape(encoder.init_with_output, jax.random.key(0), sample_obs)[0].shape
-    posterior = Posterior(config, token_size[-1])
+    tokens = jax.eval_shape(encoder.init_with_output, jax.random.key(0), sample_obs)[0]
+    token_size = tokens.shape[-1]
+    posterior = Posterior(config, token_size)
 
     encode, decode = nets.call(encoder), nets.call(decoder)
     action_input, core_step = nets.call(core, "action_input"), nets.call(core, "step")
-    token_input, posterior_logits = nets.call(posterior, "token_input"), nets.call(posterior)
+    core_kernels = nets.call(core, "kernels")
+    token_input, posterior_logits = (
+        nets.call(posterior, "token_input"),
+        nets.call(posterior, "step"),
+    )
+    posterior_kernels = nets.call(posterior, "kernels")
     prior_logits = nets.call(prior)
 
     def init(key: Key) -> Params:
@@ -156,7 +178,7 @@ def world_model(
         inputs = {
             "encoder": (encoder, sample_obs),
             "core": (core, deter, stoch, jnp.zeros((1, action_size))),
-            "posterior": (posterior, deter, jnp.zeros((1, config.core.hidden))),
+            "posterior": (posterior, deter, jnp.zeros((1, token_size))),
             "prior": (prior, deter),
             "decoder": (decoder, deter, stoch),
             "reward": (reward, jnp.zeros((1, feature_size))),
@@ -173,6 +195,10 @@ def world_model(
             jnp.zeros((batch, config.core.deter), dtype),
             jnp.zeros((batch, latent.stoch, latent.classes), dtype),
         )
+
+    def split(feat: Array) -> Latent:
+        deter, stoch = jnp.split(feat, [config.core.deter], -1)
+        return Latent(deter, stoch.reshape(*feat.shape[:-1], latent.stoch, latent.classes))
 
     def noise(key: Key, lead: tuple[int, ...]) -> Array:
         return lt.gumbel(latent, key, lead)
@@ -197,12 +223,15 @@ def world_model(
             noise,
         )
 
+        kernels = core_kernels(params["core"])
+        to_posterior = posterior_kernels(params["posterior"])
+
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Latent, Array]]:
             action, token, keep, gumbel = inputs
             deter = jnp.where(keep[None], carry.deter, 0)
             stoch = jnp.where(keep[:, None], _flat(carry.stoch), 0)
-            deter = core_step(params["core"], deter, stoch, action)
-            logits = posterior_logits(params["posterior"], deter.T, token)
+            deter = core_step(params["core"], kernels, deter, stoch, action)
+            logits = posterior_logits(params["posterior"], to_posterior, deter, token)
             carry = Latent(deter, sample(logits, gumbel))
             return carry, (carry, logits)
 
@@ -212,21 +241,21 @@ def world_model(
     def imagine(
         params: Params, start: Latent, policy: Callable, noise: Array, policy_noise: Any
     ) -> tuple[Latent, Any]:
+        kernels = core_kernels(params["core"])
+
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Array, Any]]:
             gumbel, policy_draw = inputs
             feat = features(_swap(carry))
             action = policy(feat, policy_draw)
             moved = embed_action(params, as_dict(action))
-            deter = core_step(params["core"], carry.deter, _flat(carry.stoch), moved)
-            stoch = sample(prior_logits(params["prior"], deter.T), gumbel)
+            deter = core_step(params["core"], kernels, carry.deter, _flat(carry.stoch), moved)
+            stoch = sample(prior_logits(params["prior"], deter, True), gumbel)
             return Latent(deter, stoch), (feat, action)
 
         last, (feats, actions) = jax.lax.scan(step, _swap(start), (noise, policy_noise))
         # Stacked as features, which is how heads read them: the compiler sees that `features`
         # of the two slices is the array it has, and copies nothing.
-        feats = jnp.concatenate([feats, features(_swap(last))[None]])
-        deter, stoch = jnp.split(feats, [config.core.deter], -1)
-        return Latent(deter, stoch.reshape(*feats.shape[:-1], *start.stoch.shape[1:])), actions
+        return split(jnp.concatenate([feats, features(_swap(last))[None]])), actions
 
     def predict(
         params: Params, latents: Latent, keys: tuple[str, ...] | None = None
@@ -269,7 +298,7 @@ def world_model(
         }
         return losses, latents, metrics
 
-    return WorldModel(init, initial, noise, observe, imagine, predict, loss, features)
+    return WorldModel(init, initial, noise, observe, imagine, predict, loss, features, split)
 
 
 def features(latent: Latent) -> Array:
