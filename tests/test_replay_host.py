@@ -7,7 +7,7 @@ import pytest
 from test_checkpoint import bits
 from test_replay import BATCH, CAPACITY, LENGTH, D, K, N, S, make, rows
 
-from jaxwm import replay_host, replay
+from jaxwm import replay, replay_host
 from jaxwm.types import JaxwmError, Latent
 
 
