@@ -341,16 +341,27 @@ def _conv_params(module: Conv | ConvTranspose) -> tuple[Array, Array]:
     return kernel, bias
 
 
+def keep_products(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, of which a gradient keeps the products alone and computes the rest again.
+
+    On CPU only, where writing to memory costs more than most of what is written.
+    """
+    if jax.default_backend() != "cpu":
+        return function
+    policy = jax.checkpoint_policies.dots_saveable
+    # Inside a scan nothing could be merged with what is computed again.
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+
+
 def by_slices(function: Callable[..., Any], *arrays: Any) -> Any:
     """`function(*arrays)`; on CPU, where slices are large, one after the other.
 
-    What is computed in between then stays in the cache, and the gradient computes it again
-    rather than keep it: on a CPU, writing large arrays costs more than most of what fills them.
+    What is computed in between then stays in the cache.
     """
     largest = max(x[0].size for x in jax.tree.leaves(arrays))
     if jax.default_backend() != "cpu" or largest < 2**17:
         return function(*arrays)
-    return jax.lax.map(jax.checkpoint(lambda slices: function(*slices)), arrays)
+    return jax.lax.map(keep_products(lambda slices: function(*slices)), arrays)
 
 
 def _over(vector: Array, like: Array, axis: int = -1) -> Array:

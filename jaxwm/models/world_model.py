@@ -235,7 +235,7 @@ def world_model(
             carry = Latent(deter, sample(logits, gumbel))
             return carry, (carry, logits)
 
-        _, (latents, logits) = jax.lax.scan(step, _swap(carry), inputs)
+        _, (latents, logits) = jax.lax.scan(nets.keep_products(step), _swap(carry), inputs)
         return _swap(latents), logits
 
     def imagine(
