@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxwm.types import Array, Float
 
@@ -225,6 +226,35 @@ class Conv(nn.Module):
         return x + _over(bias.astype(self.dtype), x)
 
 
+class UpsampleConv(nn.Module):
+    """`Conv` of the nearest-neighbour doubling: (n, h, w, c) to (n, 2h, 2w, outputs).
+
+    The doubled map is never made. Of a kernel's taps on it several meet the same pixel of the
+    map itself, so that each of the four positions within a doubled pixel is a smaller
+    convolution, with kernels that are sums of taps: of 5x5 taps 3x3 remain.
+    """
+
+    inputs: int
+    outputs: int
+    kernel: int = 5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+        kernel, bias = _conv_params(self)
+        half = self.kernel // 2
+        reach = (half + 1) // 2
+        # taps[a, s, t]: at position a, tap t of the kernel falls on pixel s of the window.
+        place = (np.arange(2)[:, None] + np.arange(self.kernel) - half) // 2 + reach
+        taps = (place[:, None] == np.arange(2 * reach + 1)[:, None]).astype(np.float32)
+        merged = jnp.einsum("ast,buv,tvio->suiabo", taps, taps, kernel)
+        merged = merged.reshape(*merged.shape[:3], -1).astype(self.dtype)
+        x = convolve(x.astype(self.dtype), merged, 1, ((reach, reach),) * 2)
+        n, h, w, _ = x.shape
+        x = x.reshape(n, h, w, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(n, 2 * h, 2 * w, -1) + bias.astype(self.dtype)[None, None, None]
+
+
 class ConvTranspose(nn.Module):
     """Transposed convolution of stride 2: (n, h, w, c) to (n, 2h, 2w, outputs).
 
@@ -320,10 +350,30 @@ def _conv(x: Array, kernel: Array, stride: int, pads: Any, dilation: int, spread
     )
 
 
+@jax.custom_vjp
 def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-    """Maximum over 2x2 squares."""
-    n, h, w, c = x.shape
-    return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+    """Maximum over 2x2 squares; equal maxima share the gradient."""
+    return functools.reduce(jnp.maximum, _corners(x))
+
+
+def _max_pool_forward(x):
+    y = max_pool(x)
+    return y, (x, y)
+
+
+def _max_pool_backward(saved, grad):
+    # As automatic differentiation of a maximum has it, without its reductions over squares.
+    x, y = saved
+    share = grad / sum((corner == y).astype(grad.dtype) for corner in _corners(x))
+    return (jnp.where(x == upsample(y), upsample(share), 0),)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _corners(x: Array) -> list[Array]:
+    """The four pixels of each 2x2 square, each (n, h / 2, w / 2, c)."""
+    return [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
 
 
 def upsample(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
@@ -333,7 +383,7 @@ def upsample(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
     return wide.reshape(n, 2 * h, 2 * w, c)
 
 
-def _conv_params(module: Conv | ConvTranspose) -> tuple[Array, Array]:
+def _conv_params(module: Conv | ConvTranspose | UpsampleConv) -> tuple[Array, Array]:
     shape = (module.kernel, module.kernel, module.inputs, module.outputs)
     init = truncated_normal_in(module.kernel * module.kernel * module.inputs)
     kernel = module.param("kernel", init, shape)

@@ -144,6 +144,16 @@ def convolved(x, kernel, bias, stride):
     return out
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_convolution_of_a_doubled_map(rng, kernel):
+    x = normal(rng, 2, 4, 6, 3)
+    module = nets.UpsampleConv(3, 2, kernel)
+    params = fill(module, rng, x)
+    doubled = x.repeat(2, 1).repeat(2, 2)
+    want = convolved(doubled, params["kernel"], params["bias"], 1)
+    np.testing.assert_allclose(apply(module, params, x), want, atol=1e-4)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolution_by_loops(rng, stride):
     x = normal(rng, 2, 6, 6, 3)

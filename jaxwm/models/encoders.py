@@ -237,7 +237,7 @@ class Decoder(nn.Module):
     def _double(self, x: Array, depth: int, name: str) -> Array:
         if self.config.convs == "strided":
             return nets.ConvTranspose(x.shape[-1], depth, dtype=self.dtype, name=name)(x)
-        return nets.Conv(x.shape[-1], depth, dtype=self.dtype, name=name)(nets.upsample(x))
+        return nets.UpsampleConv(x.shape[-1], depth, dtype=self.dtype, name=name)(x)
 
 
 def observation_dist(space: Space, output: Array) -> Any:
