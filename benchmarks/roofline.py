@@ -4,9 +4,9 @@
 
 What an update must do is counted in its jaxpr: operations of products and convolutions, scans
 multiplied out. What the machine can do is measured: its rate in large products, its bandwidth in
-copies, the time of one empty step of a loop. Together they give a floor,
+copies, the time of a step of a loop that does next to nothing. Together they give a floor,
 
-    max(operations / rate, least bytes / bandwidth) + dependent steps * time of an empty step,
+    max(operations / rate, least bytes / bandwidth) + dependent steps * time of the smallest step,
 
 for every size, without running it. `--measure` names the sizes that are run as well, in parts.
 """
@@ -158,27 +158,36 @@ def demands(config: AgentConfig, obs: str, batch: int, length: int) -> dict[str,
     }
 
 
-def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median wall time of a call, after one that is not counted."""
+def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Wall time of each call, after one that is not counted."""
     jax.block_until_ready(call())
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(call())
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return times
 
 
-def machine(dtype: str, repeats: int = 10) -> dict[str, float]:
-    """Measured limits: operations and bytes per second, and seconds of one empty step."""
-    side, long, steps = 2048, 2**26, 10_000
-    square, line = jnp.ones((side, side), dtype), jnp.ones(long, jnp.float32)
-    product, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
-    empty = jax.jit(lambda x: jax.lax.scan(lambda c, _: (c + 1, None), x, None, steps)[0])
+def machine(dtype: str, repeats: int = 20) -> dict[str, float]:
+    """Limits, the best of some tries: operations and bytes per second, seconds of a step."""
+    side, steps = 2048, 1000
+    square, line = jnp.ones((side, side), dtype), [jnp.ones(2**26, jnp.float32)]
+    product = jax.jit(lambda x: x @ x)
+    move = jax.jit(lambda x: x + 1, donate_argnums=0)  # into the same memory
+    # The smallest product in each step: of an addition XLA would make the whole loop one kernel.
+    small = jnp.eye(8)
+    empty = jax.jit(lambda x: jax.lax.scan(lambda c, _: (c @ small, None), x, None, steps)[0])
+    nbytes = 2 * line[0].nbytes
+
+    def moved() -> jax.Array:
+        line[0] = move(line[0])
+        return line[0]
+
     return {
-        "flops_per_second": 2 * side**3 / seconds(lambda: product(square), repeats),
-        "bytes_per_second": 2 * line.nbytes / seconds(lambda: copy(line), repeats),
-        "step_seconds": seconds(lambda: empty(jnp.zeros(())), repeats) / steps,
+        "flops_per_second": 2 * side**3 / min(seconds(lambda: product(square), repeats)),
+        "bytes_per_second": nbytes / min(seconds(moved, repeats)),
+        "step_seconds": min(seconds(lambda: empty(small), repeats)) / steps,
     }
 
 
@@ -198,8 +207,9 @@ def floor(demand: dict[str, Any], limits: dict[str, float]) -> dict[str, float]:
 def parts(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) -> dict[str, float]:
     """Seconds of an update and of its parts, each compiled and run alone.
 
-    "heads" is the behaviour's loss with its gradient but for the dream, "losses" the model's
-    loss with its gradient but for observing and the convolutions or the vectors' layers.
+    "codec" is encoder and decoder with their gradients, "observe" the recurrence forwards,
+    "losses" what else the model's loss and its gradient take, "heads" what the behaviour's loss
+    and its gradient take beside the dream.
     """
     agent, state, carry, steps, key = work(config, obs, batch, length, shapes=False)
     model, behavior, params = agent.model, agent.behavior, state.params
@@ -234,6 +244,8 @@ def parts(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) 
     encoder = Encoder(obs_space, config.model.codec, compute_dtype(config.dtype))
     decoder = Decoder(obs_space, config.model.codec, compute_dtype(config.dtype))
 
+    encode = jax.jit(lambda p, seen: encoder.apply({"params": p["model"]["encoder"]}, seen))
+
     @jax.jit
     @jax.grad
     def code(p, latents, seen):
@@ -267,19 +279,22 @@ def parts(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) 
 
     update = jax.jit(agent.update)
     grads = jax.tree.map(jnp.ones_like, params)
-    took = {
-        "update": seconds(lambda: update(state, carry, steps, key), repeats),
-        "draws": seconds(lambda: noise(key), repeats),
-        "observe": seconds(lambda: observe(params, steps, draws), repeats),
-        "codec": seconds(lambda: code(params, *flat), repeats),
-        "imagination": seconds(lambda: imagine(params, draws, flat[0]), repeats),
-        "optimiser": seconds(lambda: optimise(params, grads, state.opt, state.slow), repeats),
-        "replay": seconds(remember, repeats),
+    calls = {
+        "update": lambda: update(state, carry, steps, key),
+        "draws": lambda: noise(key),
+        "observe": lambda: observe(params, steps, draws),
+        "encode": lambda: encode(params, flat[1]),
+        "codec": lambda: code(params, *flat),
+        "imagination": lambda: imagine(params, draws, flat[0]),
+        "optimiser": lambda: optimise(params, grads, state.opt, state.slow),
+        "replay": remember,
+        "model": lambda: learn_model(params, steps, draws),
+        "behavior": lambda: learn_behavior(params, steps, draws, latents),
     }
-    model_seconds = seconds(lambda: learn_model(params, steps, draws), repeats)
-    behavior_seconds = seconds(lambda: learn_behavior(params, steps, draws, latents), repeats)
-    took["heads"] = max(0.0, behavior_seconds - took["imagination"])
-    took["losses"] = max(0.0, model_seconds - took["observe"] - took["codec"])
+    took = {name: statistics.median(seconds(call, repeats)) for name, call in calls.items()}
+    took["observe"] = max(0.0, took["observe"] - took.pop("encode"))
+    took["heads"] = max(0.0, took.pop("behavior") - took["imagination"])
+    took["losses"] = max(0.0, took.pop("model") - took["observe"] - took["codec"])
     return took
 
 
