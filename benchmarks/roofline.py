@@ -343,7 +343,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     run = [(i, line["parts"]) for i, line in enumerate(lines) if "parts" in line]
     left.plot([i for i, _ in run], [took["update"] for _, took in run], "o", label="measured")
     left.set(yscale="log", ylabel="seconds per update")
-    left.tick_params(axis="x", labelsize=7)
+    left.tick_params(axis="x", labelsize=7, rotation=90)
     left.legend()
     for place, (index, took) in enumerate(run):
         bottom, total = 0.0, sum(took[name] for name in PARTS)
