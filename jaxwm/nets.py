@@ -56,13 +56,13 @@ class Kernel(NamedTuple):
     would need: on a CPU that takes most of the time of a product with few columns.
     """
 
-    plain: Float[Array, "*blocks inputs outputs"]
-    turned: Float[Array, "*blocks outputs inputs"]
+    plain: Float[Array, "*blocks inputs outputs"]  # float32: the steps' gradients add up in it
+    turned: Float[Array, "*blocks outputs inputs"]  # compute type
 
 
-def kernel_of(plain: Float[Array, "*blocks inputs outputs"]) -> Kernel:
-    """A kernel with its transpose; gradients reach it through `plain`."""
-    turned = jax.lax.stop_gradient(jnp.swapaxes(plain, -1, -2))
+def kernel_of(plain: Float[Array, "*blocks inputs outputs"], dtype: str) -> Kernel:
+    """A kernel with its transpose in the compute type; gradients reach it through `plain`."""
+    turned = jax.lax.stop_gradient(jnp.swapaxes(plain.astype(dtype), -1, -2))
     # Without the barrier the compiler takes the transposition back into the loop.
     return Kernel(plain, jax.lax.optimization_barrier(turned))
 
@@ -81,9 +81,10 @@ def _columns_forward(kernel, x):
 
 def _columns_backward(saved, grad):
     kernel, x = saved
-    grad_kernel = x @ jnp.swapaxes(grad, -1, -2)
+    wide = kernel.plain.dtype
+    grad_kernel = jnp.matmul(x, jnp.swapaxes(grad, -1, -2), preferred_element_type=wide)
     none: Any = None  # no gradient at all: zeros would be added up in every step
-    return Kernel(grad_kernel, none), kernel.plain @ grad
+    return Kernel(grad_kernel, none), kernel.plain.astype(grad.dtype) @ grad
 
 
 columns.defvjp(_columns_forward, _columns_backward)
@@ -111,7 +112,7 @@ class Linear(nn.Module):
 
     def laid_out(self, size: int) -> Kernel:
         """The first `size` rows, for `columns`."""
-        return kernel_of(self.kernel[:size].astype(self.dtype))
+        return kernel_of(self.kernel[:size], self.dtype)
 
     def rows(self, x: Float[Array, "*lead part"], start: int) -> Float[Array, "*lead outputs"]:
         """`x @ kernel[start : start + part]`, without the bias."""
@@ -157,12 +158,12 @@ class BlockLinear(nn.Module):
 
     def laid_out(self, size: int) -> Kernel:
         """Each block's first `size` rows, for `columns`."""
-        return kernel_of(self.kernel[:, :size].astype(self.dtype))
+        return kernel_of(self.kernel[:, :size], self.dtype)
 
     def shared(self, start: int, size: int) -> Float[Array, "size outputs"]:
         """Rows for an input that every block reads, as the kernel of one dense product."""
         rows = self.kernel[:, start : start + size].transpose(1, 0, 2)
-        return rows.reshape(size, self.outputs).astype(self.dtype)
+        return rows.reshape(size, self.outputs)
 
     def add_bias(self, x: Float[Array, "*shape"], axis: int = -1) -> Float[Array, "*shape"]:
         return x + _over(self.bias.astype(self.dtype), x, axis)

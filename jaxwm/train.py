@@ -25,13 +25,7 @@ from jaxwm.config import require
 from jaxwm.envs import check, wrappers
 from jaxwm.envs.host import limit_and_repeat
 from jaxwm.recipes import RunConfig
-from jaxwm.replay import (
-    Buffer,
-    Cursor,
-    Replay,
-    check_fits,
-    replay,
-)
+from jaxwm.replay import Buffer, Cursor, Replay, check_fits, replay
 from jaxwm.types import (
     Array,
     Env,
@@ -163,6 +157,7 @@ def build(
 
 
 def empty_row(env: Env | HostEnv, count: int) -> Step:
+    """A row (B,) of zeros, for its shapes and types."""
     no = jnp.zeros((count,), bool)
     return Step(
         zeros(env.action_space, (count,)),

@@ -74,7 +74,7 @@ def test_block_linear_is_a_dense_layer_of_blocks(rng):
     # The same with features first.
     def columns(method, x, *args):
         laid_out = nets.call(module, method)(jax.tree.map(jnp.asarray, params), *args)
-        kernel = laid_out if method == "laid_out" else nets.kernel_of(laid_out)
+        kernel = laid_out if method == "laid_out" else nets.kernel_of(laid_out, "float32")
         return nets.columns(kernel, jnp.asarray(x))
 
     grouped = columns("laid_out", x.T.reshape(2, 3, 7), 3).reshape(4, 7)
@@ -89,11 +89,24 @@ def test_block_linear_is_a_dense_layer_of_blocks(rng):
 
 def test_columns_have_the_gradients_of_a_product(rng):
     kernel, x, weight = normal(rng, 2, 5, 3), normal(rng, 2, 5, 7), normal(rng, 2, 3, 7)
-    ours = lambda k, x: jnp.sum(weight * nets.columns(nets.kernel_of(k), x))  # noqa: E731
+    ours = lambda k, x: jnp.sum(weight * nets.columns(nets.kernel_of(k, "float32"), x))  # noqa: E731
     plain = lambda k, x: jnp.sum(weight * jnp.einsum("gio,gin->gon", k, x))  # noqa: E731
     have, want = (jax.jit(jax.grad(f, (0, 1)))(kernel, x) for f in (ours, plain))
     for have_one, want_one in zip(have, want, strict=True):
         np.testing.assert_allclose(have_one, want_one, atol=1e-5)
+
+
+def test_gradients_of_many_steps_add_up_in_full_precision():
+    module, one = nets.Linear(1, 1, dtype="bfloat16"), jnp.ones((1, 1))
+
+    def total(kernel):
+        laid_out = nets.call(module, "laid_out")({"kernel": kernel, "bias": jnp.zeros(1)}, 1)
+        product = lambda: nets.columns(laid_out, one.astype("bfloat16"))  # noqa: E731
+        step = lambda carry, _: (carry + product().astype("float32")[0, 0], None)  # noqa: E731
+        return jax.lax.scan(step, 0.0, None, 1000)[0]
+
+    # A thousand steps whose gradient is 1 each; in bfloat16, 256 + 1 is 256.
+    assert jax.grad(total)(one) == 1000
 
 
 def test_slices_change_neither_values_nor_gradients(rng):

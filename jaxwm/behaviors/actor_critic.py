@@ -236,7 +236,6 @@ def actor_critic(
             action_noise,
         )
         imagined, actions = sg((imagined, actions))
-
         feat = model.features(imagined)
 
         def judge(feat: Array) -> list[Array]:
@@ -244,6 +243,7 @@ def actor_critic(
             values, slow_values = value(fixed_params, feat), value(slow, feat)
             return [x.mean() for x in (heads["reward"], heads["continue"], values, slow_values)]
 
+        # The last state apart from the others, which the dream stacked: together they are copied.
         judged = zip(nets.by_slices(judge, feat[:-1]), judge(feat[-1]), strict=True)
         reward, cont, values, slow_values = sg([jnp.concatenate([xs, x[None]]) for xs, x in judged])
         if config.start_weight == "true":

@@ -85,7 +85,7 @@ class BlockGRU(nn.Module):
         return Kernels(
             self.in_deter.laid_out(self.config.deter),
             self.hidden.laid_out(size),
-            nets.kernel_of(self.hidden.shared(size, 2 * hidden)),
+            nets.kernel_of(self.hidden.shared(size, 2 * hidden), self.dtype),
             self.gates.laid_out(size),
         )
 
@@ -98,8 +98,8 @@ class BlockGRU(nn.Module):
         x2 = nets.silu(self.in_action_norm(self.in_action(action)))
         hidden = self.config.hidden
         start = self.config.deter // self.config.blocks + 2 * hidden
-        shared = jnp.einsum("io,...ni->...on", self.hidden.shared(start, hidden), x2)
-        return self.hidden.add_bias(shared, axis=-2)
+        kernel = self.hidden.shared(start, hidden).astype(self.dtype)
+        return self.hidden.add_bias(jnp.einsum("io,...ni->...on", kernel, x2), axis=-2)
 
     def step(
         self,

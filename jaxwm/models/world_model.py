@@ -165,12 +165,9 @@ def world_model(
 
     encode, decode = nets.call(encoder), nets.call(decoder)
     action_input, core_step = nets.call(core, "action_input"), nets.call(core, "step")
-    core_kernels = nets.call(core, "kernels")
-    token_input, posterior_logits = (
-        nets.call(posterior, "token_input"),
-        nets.call(posterior, "step"),
-    )
-    posterior_kernels = nets.call(posterior, "kernels")
+    core_kernels, posterior_kernels = nets.call(core, "kernels"), nets.call(posterior, "kernels")
+    token_input = nets.call(posterior, "token_input")
+    posterior_logits = nets.call(posterior, "step")
     prior_logits = nets.call(prior)
 
     def init(key: Key) -> Params:
@@ -222,7 +219,6 @@ def world_model(
             ~steps.is_first,
             noise,
         )
-
         kernels = core_kernels(params["core"])
         to_posterior = posterior_kernels(params["posterior"])
 
