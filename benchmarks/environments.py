@@ -10,8 +10,6 @@ Nothing learns.
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.lines import emit, machine
 from jaxwm import envs
 from jaxwm.agent import Agent, make_agent
 from jaxwm.envs import wrappers
@@ -134,19 +133,12 @@ def main() -> None:
                 "copies": count,
                 **measure(env, agent, params, count, args.seconds),
                 "size": args.size,
-                "device": jax.devices()[0].device_kind,
-                "cores": len(os.sched_getaffinity(0)),
-                "jax": jax.__version__,
-                "python": platform.python_version(),
-                "load": os.getloadavg()[0],
+                **machine(),
             }
             rounded = {
                 k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()
             }
-            print(json.dumps(rounded), flush=True)
-            if args.out:
-                with args.out.open("a") as file:
-                    file.write(json.dumps(rounded) + "\n")
+            emit(rounded, args.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ episodes.
 
 import argparse
 import functools
-import json
 import os
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.lines import emit
 from jaxwm import train
 from jaxwm.envs.host import HostConfig
 from jaxwm.recipes import RunConfig, dreamer_v3
@@ -113,11 +113,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
     for fault in args.faults:
-        line = json.dumps(measure(fault, args.count, args.timeout))
-        print(line, flush=True)
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(line + "\n")
+        emit(measure(fault, args.count, args.timeout), args.out)
 
 
 if __name__ == "__main__":

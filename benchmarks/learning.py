@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.lines import emit
 from jaxwm.evaluate.stats import bootstrap
 
 FOLDER = Path(__file__).parent / "results" / "learning"
@@ -60,10 +61,7 @@ def main() -> None:
     overlap = bool(max(low for low, _ in intervals) <= min(high for _, high in intervals))
     lines.append({"intervals_overlap": overlap})
     for line in lines:
-        print(json.dumps(line))
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        emit(line, args.out)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,15 @@ simulators sleep, so that they need no core: what is measured is waiting, not sh
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.lines import emit, machine
 from benchmarks.throughput import spaces, synthetic
 from jaxwm import train
 from jaxwm.envs.host import HostConfig, Pool
@@ -100,6 +99,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--iterations", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
     for ratio in args.ratios:
         config = RunConfig(
@@ -116,15 +116,10 @@ def main() -> None:
             "workers": args.workers,
             "milliseconds": args.milliseconds,
             **measure(config, args.milliseconds / 1e3, args.iterations, args.repeats),
-            "device": jax.devices()[0].device_kind,
-            "cores": len(os.sched_getaffinity(0)),
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "load": os.getloadavg()[0],
+            **machine(),
         }
-        print(
-            json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in result.items()})
-        )
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in result.items()}
+        emit(rounded, args.out)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,8 @@ for every size, without running it. `--measure` names the sizes that are run as 
 
 import argparse
 import dataclasses
-import json
 import math
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from benchmarks.lines import emit, machine, seconds
 from benchmarks.throughput import spaces, synthetic
 from jaxwm.agent import AgentConfig, compute_dtype, make_agent
 from jaxwm.envs import wrappers
@@ -158,18 +155,7 @@ def demands(config: AgentConfig, obs: str, batch: int, length: int) -> dict[str,
     }
 
 
-def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Wall time of each call, after one that is not counted."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def machine(dtype: str, repeats: int = 20) -> dict[str, float]:
+def limits_of(dtype: str, repeats: int = 20) -> dict[str, float]:
     """Limits, the best of some tries: operations and bytes per second, seconds of a step."""
     side, steps = 2048, 1000
     square, line = jnp.ones((side, side), dtype), [jnp.ones(2**26, jnp.float32)]
@@ -370,16 +356,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the lines to this file")
     parser.add_argument("--picture", type=Path, help="default: beside --out, as .png")
     args = parser.parse_args()
-    limits = machine(compute_dtype(args.dtype))
-    about = {
-        "dtype": compute_dtype(args.dtype),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-    }
+    limits = limits_of(compute_dtype(args.dtype))
+    about = {"dtype": compute_dtype(args.dtype)} | machine()
     lines = []
     for size in args.sizes:
         config = dataclasses.replace(dreamer_v3.agent(size), dtype=args.dtype)
@@ -390,13 +368,10 @@ def main() -> None:
             line |= demand | limits | floor(demand, limits) | about
             if size in args.measure:
                 line["parts"] = parts(config, obs, *shape, args.repeats)
+            emit(line, args.out)
             lines.append(line)
     print(", ".join(f"{name} {value:.3g}" for name, value in limits.items()), end="\n\n")
     print(table(lines))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.writelines(f"{json.dumps(line)}\n" for line in lines)
     if args.picture or args.out:
         draw(lines, args.picture or args.out.with_suffix(".png"))
 

@@ -10,18 +10,15 @@ data are synthetic: the cost does not depend on them.
 
 import argparse
 import dataclasses
-import json
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.lines import emit, machine, seconds
 from jaxwm import train
 from jaxwm.agent import AgentConfig, compute_dtype, make_agent
 from jaxwm.envs import wrappers
@@ -54,17 +51,6 @@ def synthetic(obs: str) -> Env:
         return state + 1, transition(action, draw(key_obs), jax.random.normal(key_reward), False)
 
     return wrappers.time_limit(Env("synthetic", obs_space, action_space, reset, step), 1000)
-
-
-def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Wall time of each of `repeats` calls, after one that is not counted."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return times
 
 
 def measure_update(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) -> dict:
@@ -148,12 +134,7 @@ def main() -> None:
         "batch": [args.batch, args.length],
         "imagine": agent.behavior.imagine,
         "dtype": compute_dtype(args.dtype),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "jax": jax.__version__,
-        "python": platform.python_version(),
+        **machine(),
         **measure_update(agent, args.obs, args.batch, args.length, args.repeats),
     }
     if not args.no_loop:
@@ -162,12 +143,7 @@ def main() -> None:
         )
         config = RunConfig(env="synthetic", size=args.size, agent=agent, replay=replay)
         result["loop"] = measure_loop(config, args.obs, 8, max(2, args.repeats // 4))
-    line = json.dumps(result)
-    print(line)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.write(line + "\n")
+    emit(result, args.out)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ hang nor a crash of one can be survived.
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from benchmarks.lines import emit, machine
 from jaxwm import envs
 from jaxwm.envs.examine import random_actions
 from jaxwm.envs.host import HostConfig, Pool
@@ -93,14 +92,9 @@ def main() -> None:
             "workers": WORKERS,
             **{way: float(f"{rate:.4g}") for way, rate in rates.items()},
             "processes_over_threads": round(rates["processes"] / rates["threads"], 2),
-            "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-            "load": os.getloadavg()[0],
+            **machine(),
         }
-        print(json.dumps(result), flush=True)
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+        emit(result, args.out)
 
 
 if __name__ == "__main__":
