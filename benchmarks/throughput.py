@@ -91,7 +91,7 @@ def measure_loop(config: RunConfig, obs: str, updates: int, repeats: int) -> dic
     program = train.build(config, iterations, synthetic(obs))
     state = program.init()
     start = time.perf_counter()
-    chunk = program.chunk.lower(state).compile()
+    chunk = program.compile()
     compile_seconds = time.perf_counter() - start
     while int(state.clock.updates) == 0:  # fill the replay
         state, _ = chunk(state)

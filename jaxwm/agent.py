@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxwm.behaviors.actor_critic import ActorCriticConfig, actor_critic
 from jaxwm.config import at_least, share
 from jaxwm.models.world_model import WorldModelConfig, world_model
+from jaxwm.numerics import Scalar
 from jaxwm.optim import OptimConfig, apply_updates, global_norm, laprop, slow_copy
 from jaxwm.types import (
     Action,
@@ -48,7 +49,7 @@ class LossWeights:
     def __post_init__(self):
         at_least(self, 0, *(field.name for field in dataclasses.fields(self)))
 
-    def of(self, name: str) -> float:
+    def of(self, name: str) -> Scalar:
         """The weight of the loss term `name`."""
         return getattr(self, {"continue": "cont"}.get(name, name.split("/")[0]))
 

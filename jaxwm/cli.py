@@ -175,7 +175,7 @@ def _eval(words: list[str]) -> None:
     from jaxwm.run import evaluate_run, evaluation_lines
 
     returns = evaluate_run(known.run, known.episodes, known.seed)
-    print("\n".join(evaluation_lines(returns, read_config(known.run).seed)))
+    print("\n".join(evaluation_lines(returns, read_config(known.run))))
 
 
 _OWN_HELP = "module:function, if the run is in an environment of your own"

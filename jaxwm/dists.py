@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from jaxwm.numerics import prepend_axes, symexp, symlog, twohot, twohot_mean
+from jaxwm.numerics import Scalar, prepend_axes, symexp, symlog, twohot, twohot_mean
 from jaxwm.types import JaxwmError, Key
 
 # Log-probability of a class that does not exist: exp gives exactly 0, and products with
@@ -21,14 +21,14 @@ ABSENT = -1e9
 
 
 def _log_mixture(
-    logits: Array, unimix: float, mask: Array | np.ndarray | None = None
+    logits: Array, unimix: Scalar, mask: Array | np.ndarray | None = None
 ) -> tuple[Array, Array]:
     """Logs and values of `(1 - unimix) * softmax + unimix * uniform` over existing classes."""
     logits = logits.astype(jnp.float32)
     if mask is not None:
         mask = prepend_axes(jnp.asarray(mask), logits.ndim)
         logits = jnp.where(mask, logits, ABSENT)
-    if not unimix:
+    if isinstance(unimix, float | int) and not unimix:  # it may be traced
         logprobs = jax.nn.log_softmax(logits)
         return logprobs, jnp.exp(logprobs)
     exists = jnp.ones((1,) * logits.ndim) if mask is None else mask.astype(jnp.float32)
@@ -77,7 +77,7 @@ class OneHot(_Distribution):
 
     event_ndims = 2
 
-    def __init__(self, logits: Float[Array, "*batch S K"], unimix: float = 0.0):
+    def __init__(self, logits: Float[Array, "*batch S K"], unimix: Scalar = 0.0):
         self.logprobs, self.probs = _log_mixture(logits, unimix)
 
     @property
@@ -130,7 +130,7 @@ class Categorical(_Distribution):
         self,
         logits: Float[Array, "*batch K"],
         mask: Bool[Array, "..."] | Bool[np.ndarray, "..."] | None = None,
-        unimix: float = 0.0,
+        unimix: Scalar = 0.0,
         event_ndims: int = 0,
     ):
         if mask is not None and mask.shape != logits.shape[logits.ndim - mask.ndim :]:

@@ -4,19 +4,21 @@ Metric names are paths: `episode/return`, `episode/length`, `loss/<name>`, `loss
 `grad_norm`, `replay/size`, `memory/process` (resident bytes of the process that trains). With
 simulators on the host also `host/waiting`, the share of the time spent waiting for them,
 `host/faults`, how many they have had since the start, and `memory/simulators` (resident bytes of
-their processes). Each value is one number or one per seed. A value that is not finite is left out
+their processes). `updates/refused` counts updates that were not finite and so never taken. Each
+value is one number or one per member. A value that is not finite is left out
 of the file (`episode/return` is NaN where no episode ended since the last write).
 
-`metrics.jsonl` holds one JSON object per write and seed: `step` (environment steps of one seed),
-`updates`, `seed`, `time` (seconds of training, over all resumes), then the metrics. It is
-appended and flushed at every write, so a killed run loses at most a half last line.
+`metrics.jsonl` holds one JSON object per write and member (seed, and setting of a sweep): `step`
+(environment steps of one member), `updates`, `seed` (counted from 0), `setting` (of a sweep),
+`time` (seconds of training, over all resumes), then the metrics. It is appended and flushed at
+every write, so a killed run loses at most a half last line.
 """
 
 import collections
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,8 +41,10 @@ class Logger:
 
     Args:
       folder: the run's folder; made if absent.
-      total_steps: environment steps per seed at which the run ends.
+      total_steps: environment steps per member at which the run ends.
       seeds: number of seeds trained side by side.
+      settings: the setting of each member of a sweep, all seeds of one before the next; empty
+        for no sweep.
       tensorboard: whether to write TensorBoard event files into `folder` too.
       console: where lines go; None is standard output. A terminal shows a progress bar,
         anything else a plain line every few seconds.
@@ -57,6 +61,7 @@ class Logger:
         folder: Path,
         total_steps: int,
         seeds: int = 1,
+        settings: Sequence[str] = (),
         tensorboard: bool = False,
         console: Console | None = None,
         resume_step: int | None = None,
@@ -73,6 +78,7 @@ class Logger:
                 "folder, or delete it."
             )
         self._total, self._seeds, self._clock = total_steps, seeds, clock
+        self._settings, self._count = settings, len(settings) or seeds
         self._start = clock() - (kept[-1].get("time", 0.0) if kept else 0.0)
         self._file = path.open("a", encoding="utf-8")
         self._board = _board(folder) if tensorboard else None
@@ -80,7 +86,7 @@ class Logger:
         self._bar = _bar(self._console) if self._console.is_terminal else None
         self._task = self._bar.add_task("starting", total=total_steps) if self._bar else None
         self._marks: collections.deque[tuple[float, int, int]] = collections.deque(maxlen=20)
-        self._returns = np.full(seeds, np.nan)
+        self._returns = np.full(self._count, np.nan)
         self._line, self._told, self._told_at = "", True, -np.inf
 
     def __enter__(self) -> "Logger":
@@ -99,30 +105,31 @@ class Logger:
     def write(
         self, step: int | np.integer, updates: int | np.integer, metrics: Mapping[str, Any]
     ) -> None:
-        """Writes one line per seed, and tells the console.
+        """Writes one line per member, and tells the console.
 
         Args:
-          step: environment steps of one seed so far.
-          updates: gradient steps of one seed so far.
-          metrics: per name one number, or an array of shape (seeds,).
+          step: environment steps of one member so far.
+          updates: gradient steps of one member so far.
+          metrics: per name one number, or an array of shape (members,).
 
         Raises:
           JaxwmError: if a metric has another shape.
         """
         step, updates, now = int(step), int(updates), self._clock()
-        columns = {name: self._per_seed(name, value) for name, value in metrics.items()}
+        columns = {name: self._per_member(name, value) for name, value in metrics.items()}
         lines = []
-        for seed in range(self._seeds):
-            line: dict[str, Any] = {"step": step, "updates": updates, "seed": seed}
+        for i in range(self._count):
+            line: dict[str, Any] = {"step": step, "updates": updates, "seed": i % self._seeds}
+            line |= {"setting": self._settings[i]} if self._settings else {}
             line["time"] = round(now - self._start, 3)
-            line |= {k: _number(v[seed]) for k, v in columns.items() if np.isfinite(v[seed])}
+            line |= {k: _number(v[i]) for k, v in columns.items() if np.isfinite(v[i])}
             lines.append(json.dumps(line, allow_nan=False) + "\n")
         self._file.write("".join(lines))
         self._file.flush()
         if self._board:
-            _write_board(self._board, step, columns)
+            _write_board(self._board, step, columns, self._names())
         self._marks.append((now, step, updates))
-        ended = columns.get("episode/return", np.full(self._seeds, np.nan))
+        ended = columns.get("episode/return", np.full(self._count, np.nan))
         self._returns = np.where(np.isfinite(ended), ended, self._returns)
         self._line = self._summary(columns.get("loss/total"))
         self._tell(step, now)
@@ -137,23 +144,29 @@ class Logger:
             self._board.close()
         self._file.close()
 
-    def _per_seed(self, name: str, value: Any) -> np.ndarray:
+    def _names(self) -> list[str]:
+        """What tells each member from the others; "" if there is only one."""
+        seeds = [f"seed_{i % self._seeds}" if self._seeds > 1 else "" for i in range(self._count)]
+        settings = self._settings or [""] * self._count
+        return ["/".join(filter(None, pair)) for pair in zip(settings, seeds, strict=True)]
+
+    def _per_member(self, name: str, value: Any) -> np.ndarray:
         value = np.asarray(value)
-        if value.shape not in ((), (self._seeds,)):
+        if value.shape not in ((), (self._count,)):
             raise JaxwmError(
                 f"Metric {name!r} has shape {value.shape}; it should be one number or an array of "
-                f"shape ({self._seeds},), one number per seed."
+                f"shape ({self._count},), one number per member."
             )
-        return np.broadcast_to(value, (self._seeds,))
+        return np.broadcast_to(value, (self._count,))
 
     def _summary(self, loss: np.ndarray | None) -> str:
-        """The last write in one line; means over seeds, speeds over the last few writes."""
+        """The last write in one line; means over members, speeds over the last few writes."""
         (then, step_then, updates_then), (now, step, updates) = self._marks[0], self._marks[-1]
         parts = [f"step {step:,}/{self._total:,}", f"updates {updates:,}"]
         if np.isfinite(self._returns).any():
             parts.append(f"return {_short(np.nanmean(self._returns))}")
-        if loss is not None:
-            parts.append(f"loss {_short(np.mean(loss))}")
+        if loss is not None and np.isfinite(loss).any():
+            parts.append(f"loss {_short(np.nanmean(loss))}")
         if now > then and step > step_then:
             speed = (step - step_then) / (now - then)
             parts.append(f"{_short(speed)} steps/s")
@@ -181,7 +194,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
       run_folder: the folder given to `Logger`.
 
     Returns:
-      One dict per write and seed, with `step`, `updates`, `seed`, `time` and the metrics.
+      One dict per write and member, with `step`, `updates`, `seed`, `time` and the metrics.
 
     Raises:
       JaxwmError: if there is no such file, or a line before the last is not JSON.
@@ -231,11 +244,11 @@ def _board(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
-def _write_board(board: Any, step: int, columns: dict[str, np.ndarray]) -> None:
+def _write_board(board: Any, step: int, columns: dict[str, np.ndarray], members: list[str]) -> None:
     for name, values in columns.items():
-        for seed in np.flatnonzero(np.isfinite(values)):
-            tag = f"{name}/seed_{seed}" if len(values) > 1 else name
-            board.add_scalar(tag, float(values[seed]), step)
+        for i in np.flatnonzero(np.isfinite(values)):
+            tag = f"{name}/{members[i]}" if members[i] else name
+            board.add_scalar(tag, float(values[i]), step)
     board.flush()
 
 

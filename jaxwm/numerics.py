@@ -14,6 +14,9 @@ from jaxtyping import Array, Float, Num, Shaped
 
 from jaxwm.types import JaxwmError
 
+# A number of a configuration; traced, where a sweep gives each member its own.
+Scalar = float | Float[Array, ""]
+
 Statistics = TypeVar("Statistics")
 
 
@@ -150,7 +153,7 @@ class Moments(NamedTuple):
     square: Float[Array, ""]
 
 
-def moving_average(old: Statistics, new: Statistics, rate: float) -> Statistics:
+def moving_average(old: Statistics, new: Statistics, rate: Scalar) -> Statistics:
     """`(1 - rate) * old + rate * new` for two pytrees of one structure.
 
     Applied to a number that starts at 0 with `new = 1.0` it gives the `weight` that
@@ -190,7 +193,7 @@ def percentiles_init() -> Percentiles:
 def percentiles_update(
     state: Percentiles,
     x: Float[Array, "..."],
-    rate: float = 0.01,
+    rate: Scalar = 0.01,
     low: float = 5.0,
     high: float = 95.0,
 ) -> Percentiles:
@@ -231,7 +234,7 @@ def moments_init() -> Moments:
     return Moments(jnp.zeros(()), jnp.zeros(()))
 
 
-def moments_update(state: Moments, x: Float[Array, "..."], rate: float = 0.01) -> Moments:
+def moments_update(state: Moments, x: Float[Array, "..."], rate: Scalar = 0.01) -> Moments:
     """Mix the mean and mean square of one batch into the state.
 
     Args:

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxwm.config import at_least, positive, require
+from jaxwm.numerics import Scalar
 from jaxwm.types import JaxwmError, Params
 
 
@@ -65,7 +66,7 @@ def global_norm(tree: Params) -> Float[Array, ""]:
     return jnp.sqrt(sum(squares, start=jnp.zeros(())))
 
 
-def adaptive_grad_clip(clip: float = 0.3, floor: float = 1e-3) -> optax.GradientTransformation:
+def adaptive_grad_clip(clip: Scalar = 0.3, floor: float = 1e-3) -> optax.GradientTransformation:
     """Shrink each tensor's gradient to at most a share of the tensor's own norm.
 
         g <- g / max(1, |g| / (clip * max(floor, |p|)))
@@ -98,7 +99,7 @@ class LaPropState(NamedTuple):
 
 
 def scale_by_laprop(
-    beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-20
+    beta1: Scalar = 0.9, beta2: Scalar = 0.999, eps: Scalar = 1e-20
 ) -> optax.GradientTransformation:
     """Normalise the gradient first, then apply momentum (Adam does it the other way round).
 
@@ -145,9 +146,7 @@ def scale_by_laprop(
     return optax.GradientTransformation(init, update)
 
 
-def warmup(
-    learning_rate: float | Float[Array, ""], steps: int, anneal_steps: int = 0
-) -> optax.Schedule:
+def warmup(learning_rate: Scalar, steps: int, anneal_steps: int = 0) -> optax.Schedule:
     """Learning rate growing linearly from 0, then constant or falling linearly to a tenth.
 
     The n-th update (n from 1) uses `learning_rate * min(1, (n - 1) / steps)`, so the first
@@ -181,13 +180,13 @@ def warmup(
 
 
 def laprop(
-    learning_rate: float | Float[Array, ""] | optax.Schedule = OptimConfig.learning_rate,
+    learning_rate: Scalar | optax.Schedule = OptimConfig.learning_rate,
     warmup_steps: int = OptimConfig.warmup_steps,
     anneal_steps: int = OptimConfig.anneal_steps,
-    agc: float = OptimConfig.agc,
-    beta1: float = OptimConfig.beta1,
-    beta2: float = OptimConfig.beta2,
-    eps: float = OptimConfig.eps,
+    agc: Scalar = OptimConfig.agc,
+    beta1: Scalar = OptimConfig.beta1,
+    beta2: Scalar = OptimConfig.beta2,
+    eps: Scalar = OptimConfig.eps,
 ) -> optax.GradientTransformation:
     """Adaptive gradient clipping, LaProp, and a learning rate with warmup.
 
@@ -235,7 +234,7 @@ class SlowCopy(NamedTuple):
     update: Callable[[SlowState, Params], SlowState]
 
 
-def slow_copy(rate: float = 0.02, every: int = 1) -> SlowCopy:
+def slow_copy(rate: Scalar = 0.02, every: int = 1) -> SlowCopy:
     """Move a copy by `slow <- (1 - rate) * slow + rate * fast` at every `every`-th update.
 
     Args:
@@ -250,7 +249,8 @@ def slow_copy(rate: float = 0.02, every: int = 1) -> SlowCopy:
 
     Source: "Critic learning" in DreamerV3 (arXiv:2301.04104).
     """
-    if not 0 <= rate <= 1 or every < 1:
+    known = isinstance(rate, float | int)  # it may be traced
+    if every < 1 or (known and not 0 <= rate <= 1):
         raise JaxwmError(
             f"slow_copy got rate={rate}, every={every}; give a rate in [0, 1] and every >= 1."
         )

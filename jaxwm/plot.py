@@ -26,7 +26,7 @@ _LABELS = {"episode/return": "episode return", "episode/length": "episode length
 
 
 def learning_curve(runs: Sequence[Path], path: Path, metric: str = "episode/return") -> Path:
-    """One metric over the environment steps of one or more runs.
+    """One metric over the environment steps of one or more runs, each setting of a sweep apart.
 
     The thick line is the mean over seeds, the band reaches from the lowest to the highest seed,
     thin lines are the seeds. Each seed is averaged over bins of steps, at most 60 of them.
@@ -44,13 +44,17 @@ def learning_curve(runs: Sequence[Path], path: Path, metric: str = "episode/retu
     """
     if not runs:
         raise JaxwmError("There is nothing to plot: give at least one run folder.")
-    curves = [_curves(Path(run), metric) for run in runs]
+    curves = [
+        (" ".join(filter(None, (Path(run).name, setting))), *curve)
+        for run in runs
+        for setting, curve in _curves(Path(run), metric).items()
+    ]
     figure = _figure(7.2, 4.2)
     axes = figure.subplots()
-    for i, (run, (steps, values)) in enumerate(zip(runs, curves, strict=True)):
+    for i, (name, steps, values) in enumerate(curves):
         color, seeds = _COLORS[i % len(_COLORS)], len(values)
         mean = np.nanmean(values, 0)
-        label = f"{Path(run).name} (mean of {seeds} seeds)" if seeds > 1 else Path(run).name
+        label = f"{name} (mean of {seeds} seeds)" if seeds > 1 else name
         marker = "o" if len(steps) == 1 else None
         axes.plot(steps, mean, color=color, linewidth=2.2, label=label, marker=marker, zorder=3)
         if seeds > 1:
@@ -237,16 +241,31 @@ def traces(
     return _save(figure, path)
 
 
-def _curves(run: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Binned steps (bins,) and values (seeds, bins) of a run; NaN outside a seed's own range."""
+def _curves(run: Path, metric: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Binned steps (bins,) and values (seeds, bins) of each setting of a run."""
     lines = read_metrics(run)
     if not lines:
         raise JaxwmError(f"{run} has no metrics yet.")
-    found = np.array([(x["seed"], x["step"], x[metric]) for x in lines if metric in x], float)
-    if not len(found):
-        told = {name for line in lines for name in line} - {"step", "updates", "seed", "time"}
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for line in lines:
+        if metric in line:
+            row = line["seed"], line["step"], line[metric]
+            found.setdefault(line.get("setting", ""), []).append(row)
+    if not found:
+        told = {name for line in lines for name in line} - {*_OF_LINE}
         raise nearest(metric, told, f"metric in {run}")
-    seed, step, value = found.T
+    return {setting: _binned(np.array(rows, float)) for setting, rows in found.items()}
+
+
+_OF_LINE = ("step", "updates", "seed", "setting", "time")  # what no metric is
+
+
+def _binned(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Binned steps (bins,) and values (seeds, bins) of rows (seed, step, value).
+
+    Values are NaN outside a seed's own range.
+    """
+    seed, step, value = rows.T
     bins = min(_BINS, len(np.unique(step)))
     last = step.max()
     index = np.clip((step / max(last, 1) * bins).astype(int), 0, bins - 1)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import checkpoint, train
+from jaxwm import checkpoint, sweep, train
 from jaxwm.agent import Agent, make_agent
 from jaxwm.config import require
 from jaxwm.recipes import RunConfig
@@ -113,7 +113,8 @@ def load(run: str | Path, seed: int = 0, member: int = 0) -> Policy:
     Args:
       run: the run's folder.
       seed: determines the random draws of latents and actions.
-      member: which of the seeds that were trained side by side, counted from 0.
+      member: which of those that were trained side by side, counted from 0: setting by setting
+        of a sweep, each with all its seeds.
 
     Returns:
       A `Policy`.
@@ -123,34 +124,36 @@ def load(run: str | Path, seed: int = 0, member: int = 0) -> Policy:
     """
     config = checkpoint.read_config(Path(run))
     require(
-        0 <= member < config.seeds,
-        f"The run {run} trained {config.seeds} seeds side by side; member is {member}, and must "
-        f"be 0 to {config.seeds - 1}.",
+        0 <= member < config.members,
+        f"The run {run} trained {config.members} members side by side; member is {member}, and "
+        f"must be 0 to {config.members - 1}.",
     )
-    agent, env, members = trained(Path(run), config)
+    env, members = trained(Path(run), config)
+    alone = sweep.member(config, member)
+    agent = make_agent(alone.agent, env.obs_space, env.action_space)
     return Policy(agent, members[member], env, seed)
 
 
-def trained(run: Path, config: RunConfig) -> tuple[Agent, Env | HostEnv, list[Params]]:
-    """The agent of a run, its single environment, and the parameters of each of its seeds."""
+def trained(run: Path, config: RunConfig) -> tuple[Env | HostEnv, list[Params]]:
+    """The single environment of a run, and the parameters of each of its members."""
     env = train.make_env(config)
     agent = make_agent(config.agent, env.obs_space, env.action_space)
 
     def init() -> Params:
         make = lambda key: agent.init(key).params  # noqa: E731
-        if config.seeds == 1:
+        if config.members == 1:
             return make(jax.random.key(0))
-        return jax.vmap(make)(jax.random.split(jax.random.key(0), config.seeds))
+        return jax.vmap(make)(jax.random.split(jax.random.key(0), config.members))
 
     params = checkpoint.restore_params(run, jax.eval_shape(init), config)
-    return agent, env, members_of(params, config.seeds)
+    return env, apart(params, config.members)
 
 
-def members_of(params: Params, seeds: int) -> list[Params]:
-    """The parameters of each seed, from those of a program."""
-    if seeds == 1:
-        return [params]
-    return [jax.tree.map(lambda x, i=i: x[i], params) for i in range(seeds)]
+def apart(tree: Any, members: int) -> list[Any]:
+    """What each member has, from what a program of so many has."""
+    if members == 1:
+        return [tree]
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(members)]
 
 
 def _arrays(obs: Any, space: dict[str, Space]) -> tuple[dict[str, np.ndarray], int]:

@@ -119,7 +119,7 @@ class Replay(NamedTuple):
       choose: `cursor, key -> env (B,), start (B,), cursor`, the windows of a batch: environment
         and first row, counted from the start of the run.
       sample: `buffer, cursor, key -> Window, cursor`.
-      write_back: `buffer, window, latents (T, B) -> buffer`.
+      write_back: `buffer, window, latents (T, B), taken=True -> buffer`; as it was if not taken.
       warmup: rows of each environment from which on there are enough windows to train.
       nbytes: size of the buffer in bytes.
     """
@@ -192,11 +192,16 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
         window = read(buffer, env, start, length, classes)
         return window._replace(steps=close_abandoned(window.steps)), cursor
 
-    def write_back(buffer: Buffer, window: Window, latents: Latent) -> Buffer:
-        at = (jnp.broadcast_to(window.env[None], window.index.shape), window.index)
+    def write_back(
+        buffer: Buffer, window: Window, latents: Latent, taken: Array | bool = True
+    ) -> Buffer:
+        # What goes beyond the last environment is dropped.
+        env = jnp.where(taken, window.env, count)
+        at = (jnp.broadcast_to(env, window.index.shape), window.index)
         fresh = pack(latents)
-        deter = buffer.deter.at[at].set(fresh.deter.astype(buffer.deter.dtype))
-        return buffer._replace(deter=deter, stoch=buffer.stoch.at[at].set(fresh.stoch))
+        deter = buffer.deter.at[at].set(fresh.deter.astype(buffer.deter.dtype), mode="drop")
+        stoch = buffer.stoch.at[at].set(fresh.stoch, mode="drop")
+        return buffer._replace(deter=deter, stoch=stoch)
 
     # As many windows as the rows of a batch, as in the reference, if the rings hold so many.
     windows = min(batch * length, count * (capacity - length))
@@ -281,14 +286,18 @@ def check_fits(
       JaxwmError: stating both sizes.
     """
     device = jax.devices()[0]
-    stats = (device.memory_stats() or {}) if place == "device" else {}
-    limit = stats.get("bytes_limit") or _host_bytes()
+    limit = device_bytes() if place == "device" else _host_bytes()
     if nbytes > 0.9 * limit:
         where = f"the device ({device.device_kind})" if place == "device" else "this host"
         raise JaxwmError(
             f"{what} needs {nbytes / 2**30:.1f} GiB and {where} has {limit / 2**30:.1f} GiB. "
             "Lower --replay.capacity or the number of seeds."
         )
+
+
+def device_bytes() -> int:
+    """The memory of the device; that of this machine, if the device has none of its own."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit") or _host_bytes()
 
 
 def _host_bytes() -> int:

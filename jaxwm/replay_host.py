@@ -74,13 +74,19 @@ def context(buffer: Buffer, env: np.ndarray, start: np.ndarray) -> Packed:
     return Packed(buffer.deter[at], buffer.stoch[at])
 
 
-def write_back(buffer: Buffer, env: np.ndarray, start: np.ndarray, latents: Packed) -> None:
-    """Writes the fresh latents (..., T, B) of trained rows; other arguments as in `read`."""
+def write_back(
+    buffer: Buffer, env: np.ndarray, start: np.ndarray, latents: Packed, taken: np.ndarray
+) -> None:
+    """Writes the fresh latents (..., T, B) of trained rows, of updates that were taken (...).
+
+    Other arguments as in `read`.
+    """
     length = latents.stoch.shape[-3]
+    index = [x[..., 1:, :] for x in _index(buffer, env, start, length)]
+    keep = np.broadcast_to(np.asarray(taken)[..., None, None], index[0].shape)
     # One flat list: of a row in two windows the later latent stays, as on the device.
-    at = tuple(x[..., 1:, :].ravel() for x in _index(buffer, env, start, length))
-    buffer.deter[at] = latents.deter.reshape(-1, latents.deter.shape[-1])
-    buffer.stoch[at] = latents.stoch.reshape(-1, latents.stoch.shape[-1])
+    at = tuple(x[keep] for x in index)
+    buffer.deter[at], buffer.stoch[at] = latents.deter[keep], latents.stoch[keep]
 
 
 def _index(

@@ -90,13 +90,15 @@ def write_summary(
       summary: what came of it.
       lines: the evaluation, as it was printed.
       pictures: files in the folder, by what they show.
-      replay_bytes: size of the replay of one seed.
+      replay_bytes: size of the replay of one member.
 
     Returns:
       The file.
     """
     folder, found = summary.folder, versions()
     seeds = f", {config.seeds} seeds side by side" if config.seeds > 1 else ""
+    if config.sweep:
+        seeds += f", {config.members // config.seeds} settings of {' '.join(config.sweep)}"
     seconds = max(summary.train_seconds, 1e-9)
     rows = {
         "environment steps per seed": f"{summary.steps:,}",
@@ -105,10 +107,10 @@ def write_summary(
         "time of compiling": f"{summary.compile_seconds:,.1f} s",
         "updates per second and seed": f"{summary.updates / seconds:,.2f}",
         "steps per second and seed": f"{summary.steps / seconds:,.1f}",
-        "last return in training": _last_return(folder, config.seeds),
-        "replay": f"{replay_bytes * config.seeds:,} bytes in the {config.replay.place}'s memory",
+        "last return in training": _last_return(folder, config.members),
+        "replay": f"{replay_bytes * config.members:,} bytes in the {config.replay.place}'s memory",
     }
-    evaluation = f"{config.eval_episodes} episodes for each seed" if lines else "none was asked for"
+    evaluation = f"{config.eval_episodes} episodes for each" if lines else "none was asked for"
     text = f"""\
 # {config.recipe} {config.size} in {config.env}
 
@@ -163,12 +165,13 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _last_return(folder: Path, seeds: int) -> str:
-    """Mean over seeds of the last returns told."""
-    last = {x["seed"]: x["episode/return"] for x in read_metrics(folder) if "episode/return" in x}
+def _last_return(folder: Path, members: int) -> str:
+    """Mean over members of the last returns told."""
+    ended = [x for x in read_metrics(folder) if "episode/return" in x]
+    last = {(x.get("setting"), x["seed"]): x["episode/return"] for x in ended}
     if not last:
         return "no episode ended"
-    which = f" (mean of {len(last)} seeds)" if seeds > 1 else ""
+    which = f" (mean of {len(last)})" if members > 1 else ""
     return f"{np.mean(list(last.values())):.6g}{which}"
 
 

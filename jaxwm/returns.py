@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxwm.numerics import Scalar
 from jaxwm.types import JaxwmError
 
 
@@ -38,7 +39,7 @@ def lambda_return(
     reward_t: Float[Array, " T"],
     discount_t: Float[Array, " T"],
     value_t: Float[Array, " T"],
-    lambda_: float = 0.95,
+    lambda_: Scalar = 0.95,
 ) -> Float[Array, " T"]:
     """Bootstrapped lambda-return for each of the first T states.
 
@@ -73,8 +74,8 @@ def replay_lambda_return(
     is_last: Bool[Array, " T"],
     is_terminal: Bool[Array, " T"],
     bootstrap: Float[Array, " T"],
-    discount: float = 1 - 1 / 333,
-    lambda_: float = 0.95,
+    discount: Scalar = 1 - 1 / 333,
+    lambda_: Scalar = 0.95,
 ) -> Float[Array, " T-1"]:
     """Lambda-return along replayed rows that may cross the ends of episodes.
 

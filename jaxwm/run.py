@@ -6,9 +6,10 @@ it has ended, `curve.png`, `dream.png` and `SUMMARY.md`.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxwm import checkpoint, plot, train
+from jaxwm import checkpoint, memory, plot, sweep, train
 from jaxwm import config as configs
 from jaxwm.agent import Agent
 from jaxwm.config import require
 from jaxwm.envs.host import Pool, resident_bytes
 from jaxwm.evaluate import rollout
 from jaxwm.log import Logger, read_metrics
-from jaxwm.policy import members_of, trained
+from jaxwm.policy import apart, trained
 from jaxwm.recipes import RunConfig
 from jaxwm.report import SUMMARY, Summary, write_summary, write_versions
 from jaxwm.types import Env, HostEnv, JaxwmError, Key, Params, is_image
@@ -80,15 +81,16 @@ def run(
         )
     finally:
         program.close()
-    env, members = train.make_env(config), members_of(params, config.seeds)
+    env, members = train.make_env(config), apart(params, config.members)
     console.print("Trained. Evaluating, and drawing curve and dream.")
-    returns = evaluate(program.agent, env, members, config, config.eval_episodes)
-    lines = evaluation_lines(returns, config.seed) if returns.size else []
+    returns = evaluate(program.agent_of, env, members, config, config.eval_episodes)
+    lines = evaluation_lines(returns, config) if returns.size else []
     for line in lines:
         console.print(line)
     seconds = read_metrics(folder)[-1]["time"]
     summary = Summary(folder, step, updates, returns, seconds, compile_seconds)
-    pictures = draw(folder, program.agent, env, members[0], config)
+    first = program.agent_of(sweep.settings(config)[0])
+    pictures = draw(folder, first, env, members[0], config)
     write_summary(config, summary, lines, pictures, program.replay.nbytes)
     console.print(f"The summary is in {folder / SUMMARY}.")
     return summary
@@ -106,6 +108,8 @@ def _train(
     start = time.monotonic()
     with _memory_in_words():
         chunk = program.compile()
+        used = memory.use(program, chunk)
+        memory.check(used)
         if resume:
             state = program.resume(checkpoint.restore(folder, program.shapes(), config))
         else:
@@ -114,34 +118,62 @@ def _train(
     compile_seconds = time.monotonic() - start
     _check_rows(program, state, "at the start")
     step, updates = _counts(state, config)
-    console.print(f"Compiled in {compile_seconds:.1f} s.")
+    console.print(f"Compiled in {compile_seconds:.1f} s. {memory.line(used)}")
     folder.mkdir(parents=True, exist_ok=True)
     configs.write(config, folder / checkpoint.CONFIG)
     write_versions(folder)
 
     resume_step = step if resume else None
-    logs = Logger(folder, config.steps, config.seeds, tensorboard, console, resume_step)
+    settings = sweep.labels(config) if config.sweep else []
+    logs = Logger(folder, config.steps, config.seeds, settings, tensorboard, console, resume_step)
+    stopped = _stopped(state, config)
     with _memory_in_words(), logs as logger, checkpoint.manager(folder) as saver:
         while step < config.steps:
-            before = step, updates
-            state, metrics = chunk(state)
-            metrics = jax.device_get(metrics)
+            before = step
+            state, metrics = _line(program, chunk, state)
             step, updates = _counts(state, config)
             if isinstance(program.env, HostEnv) and program.fault(state):
                 # Faulty rows never entered this state, so it is worth keeping.
                 checkpoint.save(saver, step, state, config)
             _check_rows(program, state, f"before step {step}")
-            _check_losses(metrics, updates - before[1], step, config)
+            stopped = _tell_stopped(state, metrics, stopped, config, console)
             capacity = config.replay.rows_per_env(config.envs)
             metrics["replay/size"] = min(step, capacity * config.envs)
             metrics["memory/process"] = resident_bytes()
             # Metrics first: resuming drops the lines after the checkpoint, and adds none twice.
             logger.write(step, updates, metrics)
-            if step >= config.steps or step // config.save_every > before[0] // config.save_every:
+            if step >= config.steps or step // config.save_every > before // config.save_every:
                 checkpoint.save(saver, step, state, config)
 
     # The rest of the state goes: the replay's memory serves the evaluation.
     return state.agent.params, step, updates, compile_seconds
+
+
+# A dispatch lasts about so many seconds: long enough that asking for it costs nothing, and short
+# enough that a run answers soon.
+_DISPATCH = 2.0
+
+
+def _line(
+    program: train.Program, chunk: train.Chunk, state: train.TrainState
+) -> tuple[train.TrainState, dict[str, Any]]:
+    """A state at the next line of metrics, or at a fault of the environments, and the line."""
+    done = int(state.clock.iteration)
+    end = (done // program.iterations + 1) * program.iterations
+    pace, metrics, fault = math.inf, {}, None
+    while done < end and not fault:
+        # Iterations cost next to nothing before the first update, and are timed anew from there.
+        warm = program.replay.warmup
+        count = min(end - done, max(1, int(_DISPATCH / pace)))
+        count = min(count, warm - done) if done < warm else count
+        begun = time.monotonic()
+        state, metrics = chunk(state, count, done % program.iterations == 0)
+        metrics = jax.device_get(metrics)
+        pace = max((time.monotonic() - begun) / count, 1e-9)
+        done, fault = int(state.clock.iteration), program.fault(state)
+        if done == warm:
+            pace = math.inf
+    return state, metrics
 
 
 def resume(folder: Path, steps: int | None = None, **options: Any) -> Summary:
@@ -177,37 +209,37 @@ def evaluate_run(folder: Path, episodes: int, seed: int | None = None) -> np.nda
 
     Args:
       folder: the run's folder.
-      episodes: episodes for each of the run's seeds.
+      episodes: episodes for each of the run's members.
       seed: determines episodes and actions; by default as at the end of the run.
 
     Returns:
-      Returns (seeds, episodes).
+      Returns (members, episodes).
 
     Raises:
       JaxwmError: if the folder is no run, there is no checkpoint, or `episodes` is below 1.
     """
     require(episodes >= 1, f"An evaluation needs at least one episode, not {episodes}.")
     config = checkpoint.read_config(folder)
-    agent, env, members = trained(folder, config)
-    return evaluate(agent, env, members, config, episodes, seed)
+    env, members = trained(folder, config)
+    return evaluate(train.agents(config, env), env, members, config, episodes, seed)
 
 
 def evaluate(
-    agent: Agent,
+    agent_of: Callable[[dict[str, Any]], Agent],
     env: Env | HostEnv,
     members: list[Params],
     config: RunConfig,
     episodes: int,
     seed: int | None = None,
 ) -> np.ndarray:
-    """Returns (seeds, episodes) of the parameters of each seed; see `rollout.evaluate`.
+    """Returns (members, episodes) of the parameters of each member; see `rollout.evaluate`.
 
     Args:
-      agent: the agent.
+      agent_of: the agent with the values of a sweep, see `train.agents`.
       env: a single environment.
-      members: the parameters of each seed.
+      members: the parameters of each member.
       config: the run.
-      episodes: episodes for each seed; with 0 there are no returns.
+      episodes: episodes for each member; with 0 there are no returns.
       seed: determines episodes and actions; None is the run's.
 
     Raises:
@@ -217,12 +249,20 @@ def evaluate(
         return np.zeros((len(members), 0), np.float32)
     key = jax.random.fold_in(jax.random.key(config.seed if seed is None else seed), _EVALUATION)
     keys = [jax.random.fold_in(key, i) for i in range(len(members))]
+    settings = [x for x in sweep.settings(config) for _ in range(config.seeds)]
+    each = list(zip(settings, members, keys, strict=True))
     if isinstance(env, HostEnv):
         with _pool(env, min(episodes, config.envs), config, key) as pool:
-            play = rollout.host_evaluator(agent, pool, episodes)
-            return np.stack([play(p, k) for p, k in zip(members, keys, strict=True)])
-    play = jax.jit(lambda params, key: rollout.evaluate(agent, params, env, episodes, key))
-    returns = np.stack([np.asarray(play(p, k)) for p, k in zip(members, keys, strict=True)])
+            players = {
+                str(x): rollout.host_evaluator(agent_of(x), pool, episodes)
+                for x in sweep.settings(config)
+            }
+            return np.stack([players[str(values)](params, k) for values, params, k in each])
+
+    def play(values: dict[str, Any], params: Params, key: Key) -> Any:
+        return rollout.evaluate(agent_of(values), params, env, episodes, key)
+
+    returns = np.stack([np.asarray(x) for x in itertools.starmap(jax.jit(play), each)])
     require(
         bool(np.isfinite(returns).all()),
         f"{env.name} gave a NaN or an infinity in the evaluation. Look for a division by zero or "
@@ -236,13 +276,20 @@ def _pool(env: HostEnv, count: int, config: RunConfig, key: Key) -> Pool:
     return Pool(env, count, config.host, int(jax.random.key_data(key)[-1]))
 
 
-def evaluation_lines(returns: np.ndarray, seed: int) -> list[str]:
-    """What is printed of returns (seeds, episodes), of which the first seed is `seed`."""
+def evaluation_lines(returns: np.ndarray, config: RunConfig) -> list[str]:
+    """What is printed of returns (members, episodes): each member's, and the mean of all."""
     lines = []
     if len(returns) > 1:
-        means = enumerate(returns.mean(1), start=seed)
-        lines = [f"evaluation return (seed {i}): {_decimal(mean)}" for i, mean in means]
+        names = _names(config)
+        means = zip(names, returns.mean(1), strict=True)
+        lines = [f"evaluation return ({name}): {_decimal(mean)}" for name, mean in means]
     return [*lines, f"evaluation return: {_decimal(returns.mean())}"]
+
+
+def _names(config: RunConfig) -> list[str]:
+    """What people call each member: "learning_rate=1e-05 seed 3"."""
+    seeds = [f"seed {config.seed + i % config.seeds}" for i in range(config.members)]
+    return [f"{x} {y}".strip() for x, y in zip(sweep.labels(config), seeds, strict=True)]
 
 
 def draw(
@@ -292,7 +339,7 @@ def _decimal(value: float | np.floating) -> str:
 
 
 def _counts(state: train.TrainState, config: RunConfig) -> tuple[int, int]:
-    """Environment steps and updates of one seed so far."""
+    """Environment steps and updates of one member so far."""
     return int(state.clock.iteration) * config.envs, int(state.clock.updates)
 
 
@@ -301,8 +348,10 @@ def _headline(config: RunConfig, program: train.Program, folder: Path) -> str:
     device = jax.devices()[0]
     params = program.shapes().agent.params
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    replay = program.replay.nbytes * config.seeds
+    replay = program.replay.nbytes * config.members
     seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
+    if config.sweep:
+        seeds += f", {config.members // config.seeds} settings"
     return (
         f"{config.recipe} {config.size} in {config.env}{seeds} on {device.device_kind} "
         f"({device.platform}): {count:,} parameters, a replay of {replay:,} bytes in the memory of "
@@ -340,17 +389,37 @@ def _check_rows(program: train.Program, state: train.TrainState, when: str) -> N
         raise JaxwmError(f"The run was stopped {when}: {message} Checkpoints made before are kept.")
 
 
-def _check_losses(metrics: dict[str, Any], updates: int, step: int, config: RunConfig) -> None:
-    """Raises an error if the training has diverged."""
-    names = [x for x in ("loss/total", "grad_norm") if x in metrics]
-    bad = [name for name in names if not np.isfinite(metrics[name]).all()]
-    if updates and bad:
-        terms = [x for x in metrics if x.startswith("loss/") and not np.isfinite(metrics[x]).all()]
+def _stopped(state: train.TrainState, config: RunConfig) -> np.ndarray:
+    """Which members (M,) have diverged and learn no more."""
+    refused = np.atleast_1d(jax.device_get(state.health.refused))
+    return (refused > 0) & (config.on_divergence == "stop")
+
+
+def _tell_stopped(
+    state: train.TrainState,
+    metrics: dict[str, Any],
+    before: np.ndarray,
+    config: RunConfig,
+    console: Console,
+) -> np.ndarray:
+    """Which members have diverged; tells of new ones, and raises an error once all have."""
+    stopped = _stopped(state, config)
+    health = jax.tree.map(np.atleast_1d, jax.device_get(state.health))
+    terms, names = train.watched(metrics), _names(config)
+    told = [
+        f"The training of {names[i]} diverged at update {health.first[i]}: {terms[health.term[i]]} "
+        "is NaN or infinite."
+        for i in np.flatnonzero(stopped & (stopped.all() | ~before))
+    ]
+    if stopped.all():
         raise JaxwmError(
-            f"The training diverged before step {step}: {', '.join(terms or bad)} is NaN or "
-            "infinite. Checkpoints made before are kept. Lower --agent.optim.learning-rate "
-            f"(now {config.agent.optim.learning_rate:g}) or look at the scale of the rewards."
+            f"{' '.join(told)} That update was not taken, and checkpoints made before are kept. "
+            f"Lower --agent.optim.learning-rate (now {config.agent.optim.learning_rate:g}), look "
+            "at the scale of the rewards, or pass over such updates with --on-divergence skip."
         )
+    for text in told:
+        console.print(f"{text} It learns no more; the others go on.")
+    return stopped
 
 
 @contextlib.contextmanager

@@ -7,19 +7,22 @@ step, and as many updates follow as the train ratio has earned. Both drivers do 
 - on the device (here), a chunk of iterations is one compiled program, environments included;
 - on the host (`train_host`), simulators step in worker processes while the device learns.
 
-`jax.vmap` over the state adds seeds; counters and replay cursor are the same for all seeds and
-stay unmapped, so that slice updates and loops keep their form.
+`jax.vmap` over the state adds members (seeds, and settings of a sweep); counters and replay cursor
+are the same for all of them and stay unmapped, so that slice updates and loops keep their form.
+
+An update whose loss or gradient is not finite is refused: whatever a run has learned is finite at
+all times. `Health` keeps the account.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import envs
+from jaxwm import envs, sweep
 from jaxwm.agent import Agent, AgentState, make_agent
 from jaxwm.config import require
 from jaxwm.envs import check, wrappers
@@ -58,17 +61,56 @@ class Episodes(NamedTuple):
     sum_length: Array
 
 
+class Health(NamedTuple):
+    """Updates that were refused, because a loss or the gradient was not finite."""
+
+    refused: Int[Array, ""]
+    first: Int[Array, ""]  # the number of the first one, counted from 1; 0 if there was none
+    term: Int[Array, ""]  # what was not finite in it: a place in `watched`
+
+
+class Account(NamedTuple):
+    """Updates taken since the last line of metrics, and the sums of their metrics."""
+
+    taken: Array
+    sums: Metrics
+
+
 class TrainState(NamedTuple):
     """The whole experiment."""
 
     key: Key
+    values: dict[str, Array]  # of the swept entries of the configuration
     agent: AgentState
     env: Any
     row: Step  # (B,), what the agent acts on next
     carry: Latent  # (B,), what it remembers
     buffer: Buffer
     episodes: Episodes
+    account: Account
+    health: Health
     clock: Clock
+
+
+class Chunk(NamedTuple):
+    """Some iterations, one after the other; the state is updated in place.
+
+    Attributes:
+      function: `TrainState, count, fresh -> TrainState, metrics`, jitted or compiled.
+      iterations: the usual count, which makes up a line of metrics.
+      temporary: bytes that a compiled one needs beside the state, if the backend tells.
+    """
+
+    function: Callable[..., tuple[TrainState, Any]]
+    iterations: int
+    temporary: int = 0
+
+    def __call__(
+        self, state: TrainState, count: int | None = None, fresh: bool = True
+    ) -> tuple[TrainState, Any]:
+        """The state after `count` iterations, and the metrics since the last fresh start."""
+        count = self.iterations if count is None else count
+        return self.function(state, np.int32(count), np.bool_(fresh))
 
 
 class Program(NamedTuple):
@@ -76,33 +118,35 @@ class Program(NamedTuple):
 
     Attributes:
       env: the environment: batched on the device, or on the host.
-      agent: the agent.
+      agent: the agent, without a sweep's values.
+      agent_of: `values -> Agent`, with the values of swept entries.
       replay: the replay.
       shapes: `() -> TrainState` of shapes, and of numpy arrays for what lies in the host's memory;
         nothing is allocated or opened.
       init: `() -> TrainState`; the key of the run's seed is an argument of the compiled code.
       resume: `TrainState -> TrainState`, a restored one made ready to go on: simulators on the
         host, whose states cannot be stored, begin new episodes.
-      chunk: `TrainState -> TrainState, metrics`, `iterations` iterations; updates in place.
+      chunk: takes a state through some iterations; how many is no part of the program.
       compile: `() -> chunk`, compiled before it is called.
       fault: `TrainState -> str | None`, what the environments did wrong, if it ends the run.
       close: lets go of simulators.
-      iterations: iterations per chunk.
-      seeds: number of seeds; with more than one every leaf but the clock leads with them.
+      iterations: iterations between two lines of metrics.
+      members: number of members; with more than one every leaf but the clock leads with them.
     """
 
     env: Env | HostEnv
     agent: Agent
+    agent_of: Callable[[dict[str, Any]], Agent]
     replay: Replay
     shapes: Callable[[], TrainState]
     init: Callable[[], TrainState]
     resume: Callable[[TrainState], TrainState]
-    chunk: Any
-    compile: Callable[[], Callable[[TrainState], tuple[TrainState, Metrics]]]
+    chunk: Chunk
+    compile: Callable[[], Chunk]
     fault: Callable[[TrainState], str | None]
     close: Callable[[], None]
     iterations: int
-    seeds: int
+    members: int
 
 
 def make_env(config: RunConfig) -> Env | HostEnv:
@@ -130,7 +174,7 @@ def build(
 
     Args:
       config: the run.
-      iterations: iterations per chunk; by default what `log_every` asks for.
+      iterations: iterations between two lines of metrics; by default what `log_every` asks for.
       single: the single environment, if it is not the one that `config.env` names.
 
     Raises:
@@ -144,16 +188,33 @@ def build(
         "device, in one program with its replay. Leave --replay.place at device, and lower "
         "--replay.capacity if the device has too little memory.",
     )
-    agent = make_agent(config.agent, env.obs_space, env.action_space)
+    agent_of = agents(config, env)
+    agent = agent_of({})
     row = jax.eval_shape(lambda: empty_row(env, config.envs))
     memory = replay(config.replay, row, jax.eval_shape(lambda: agent.initial(config.envs)))
-    check_fits(memory.nbytes * config.seeds, place=config.replay.place)
+    check_fits(memory.nbytes * config.members, place=config.replay.place)
     count = iterations or max(1, config.log_every // config.envs)
     if isinstance(env, HostEnv):
         from jaxwm.train_host import on_host  # it builds on this file
 
-        return on_host(config, env, agent, memory, count)
-    return _on_device(config, env, agent, memory, count)
+        return on_host(config, env, agent_of, memory, count)
+    return _on_device(config, env, agent_of, memory, count)
+
+
+def agents(config: RunConfig, env: Env | HostEnv) -> Callable[[dict[str, Any]], Agent]:
+    """`values -> Agent`, the agent of a run with the values of some entries of its configuration.
+
+    Raises:
+      JaxwmError: if the agent cannot take the environment's spaces.
+    """
+    plain = make_agent(config.agent, env.obs_space, env.action_space)
+
+    def agent_of(values: dict[str, Any]) -> Agent:
+        if not values:
+            return plain
+        return make_agent(sweep.put(config, values).agent, env.obs_space, env.action_space)
+
+    return agent_of
 
 
 def empty_row(env: Env | HostEnv, count: int) -> Step:
@@ -170,11 +231,15 @@ def empty_row(env: Env | HostEnv, count: int) -> Step:
 
 
 def beginning(
-    config: RunConfig, agent: Agent, memory: Replay, reset: Callable[[Key], tuple[Any, Step]]
-) -> Callable[[Key], TrainState]:
-    """`key -> TrainState` at the beginning of a run, for one seed."""
+    config: RunConfig,
+    agent_of: Callable[[dict[str, Any]], Agent],
+    memory: Replay,
+    reset: Callable[[Key], tuple[Any, Step]],
+) -> Callable[[Key, dict[str, Array]], TrainState]:
+    """`key, values -> TrainState` at the beginning of a run, for one member."""
 
-    def start(key: Key) -> TrainState:
+    def start(key: Key, values: dict[str, Array]) -> TrainState:
+        agent = agent_of(values)
         key_run, key_agent, key_env = jax.random.split(key, 3)
         agent_state = agent.init(key_agent)
         env_state, row = reset(key_env)
@@ -182,29 +247,41 @@ def beginning(
         zero = jnp.zeros((), jnp.int32)
         return TrainState(
             key=key_run,
+            values=values,
             agent=agent_state,
             env=env_state,
             row=row,
             carry=agent.initial(config.envs),
             buffer=buffer,
             episodes=Episodes(*(jnp.zeros((config.envs,)) for _ in range(2)), *_zeros(3)),
+            account=Account(jnp.zeros(()), _no_sums(agent, memory, agent_state)),
+            health=Health(zero, zero, zero),
             clock=Clock(zero, zero, zero, cursor),
         )
 
     return start
 
 
-def keys_of(config: RunConfig) -> Any:
-    """The key of the run's seed, or one per seed."""
-    keys = [jax.random.key(config.seed + i) for i in range(config.seeds)]
-    return jnp.stack(keys) if config.seeds > 1 else keys[0]
+def members_of(config: RunConfig) -> tuple[Any, dict[str, Any]]:
+    """Key and swept values of the run's member, or of each."""
+    keys = [jax.random.key(config.seed + i % config.seeds) for i in range(config.members)]
+    values = {x: np.asarray(column, np.float32) for x, column in sweep.columns(config).items()}
+    if config.members == 1:
+        return keys[0], {path: column[0] for path, column in values.items()}
+    return jnp.stack(keys), values
 
 
-# Which parts of a state lead with the seeds.
+# Which parts of a state lead with the members.
 AXES: Any = TrainState._make(None if name == "clock" else 0 for name in TrainState._fields)
 
 
-def _on_device(config: RunConfig, single: Env, agent: Agent, memory: Replay, count: int) -> Program:
+def _on_device(
+    config: RunConfig,
+    single: Env,
+    agent_of: Callable[[dict[str, Any]], Agent],
+    memory: Replay,
+    count: int,
+) -> Program:
     """The driver that keeps everything on the device: a chunk is one compiled program."""
     env = wrappers.guard(wrappers.batch(single, config.envs))
 
@@ -212,39 +289,53 @@ def _on_device(config: RunConfig, single: Env, agent: Agent, memory: Replay, cou
         state, row = env.reset(key)
         return state, row._replace(action=zeros(env.action_space, (config.envs,)))
 
-    iterate = _iteration(config, env, agent, memory)
-
-    def chunk(state: TrainState) -> tuple[TrainState, Metrics]:
-        episodes = state.episodes._replace(**dict(zip(SUMS, _zeros(3), strict=True)))
-        sums = no_sums(state, agent, memory)
-        before = state.clock.updates
-        carry = (state._replace(episodes=episodes), sums)
-        (state, sums), _ = jax.lax.scan(lambda c, _: (iterate(*c), None), carry, None, count)
-        return state, metrics_of(sums, state.clock.updates - before, state.episodes)
+    def chunk(state: TrainState, count: Array, fresh: Array) -> tuple[TrainState, Metrics]:
+        iterate = _iteration(config, env, agent_of(state.values), memory)
+        state = begin_line(state, fresh)
+        # How often is no part of the program: chunks of any length share it.
+        state = jax.lax.fori_loop(0, count, lambda _, state: iterate(state), state)
+        return state, metrics_of(state.account, state.health, state.episodes)
 
     def fault(state: TrainState) -> str | None:
-        return _seed_fault(env, state.env.fault, config.seeds)
+        return _member_fault(env, state.env.fault, config.members)
 
-    init = beginning(config, agent, memory, reset)
-    if config.seeds > 1:
+    init = beginning(config, agent_of, memory, reset)
+    if config.members > 1:
         init = jax.vmap(init, out_axes=AXES)
-        chunk = jax.vmap(chunk, in_axes=(AXES,), out_axes=(AXES, 0))
-    start, go = functools.partial(jax.jit(init), keys_of(config)), jax.jit(chunk, donate_argnums=0)
+        chunk = jax.vmap(chunk, in_axes=(AXES, None, None), out_axes=(AXES, 0))
+    init = jax.jit(init)
+    start = lambda: init(*members_of(config))  # noqa: E731
+    go = jax.jit(chunk, donate_argnums=0)
     shapes = functools.partial(jax.eval_shape, start)
+
+    def compiled() -> Chunk:
+        program = go.lower(shapes(), NUMBER, TRUTH).compile()
+        return Chunk(program, count, temporary_bytes(program))
+
     return Program(
         env=env,
-        agent=agent,
+        agent=agent_of({}),
+        agent_of=agent_of,
         replay=memory,
         shapes=shapes,
         init=start,
         resume=lambda state: state,
-        chunk=go,
-        compile=lambda: go.lower(shapes()).compile(),
+        chunk=Chunk(go, count),
+        compile=compiled,
         fault=fault,
         close=lambda: None,
         iterations=count,
-        seeds=config.seeds,
+        members=config.members,
     )
+
+
+NUMBER, TRUTH = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.bool_)
+
+
+def temporary_bytes(compiled: Any) -> int:
+    """Bytes that a compiled program needs beside its arguments and results; 0 if unknown."""
+    found = compiled.memory_analysis()
+    return int(found.temp_size_in_bytes) if found else 0
 
 
 SUMS = ("ended", "sum_return", "sum_length")
@@ -254,20 +345,35 @@ def _zeros(count: int) -> list[Array]:
     return [jnp.zeros(()) for _ in range(count)]
 
 
-def no_sums(state: TrainState, agent: Agent, memory: Replay) -> Metrics:
+def _no_sums(agent: Agent, memory: Replay, state: AgentState) -> Metrics:
     """Zeros to add the metrics of updates to."""
-    state = state._replace(buffer=memory.shapes)  # which may not lie on the device
-    like = jax.eval_shape(lambda s: _one_update(s, agent, memory)[1], state)
+
+    def metrics(state: AgentState, buffer: Buffer, cursor: Cursor, key: Key) -> Metrics:
+        key_sample, key_update = jax.random.split(key)
+        window, _ = memory.sample(buffer, cursor, key_sample)
+        return agent.update(state, window.context, window.steps, key_update)[2]
+
+    cursor = jax.eval_shape(memory.init)[1]
+    like = jax.eval_shape(metrics, state, memory.shapes, cursor, jax.random.key(0))
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
 
-def metrics_of(sums: dict[str, Any], made: Any, episodes: Any, xp: Any = jnp) -> dict[str, Any]:
-    """Means over a chunk, from sums over its updates and its ended episodes, in jax or numpy."""
-    with np.errstate(invalid="ignore"):
-        means = {name: total / xp.maximum(made, 1) for name, total in sums.items()}
+def begin_line(state: Any, fresh: Any, xp: Any = jnp) -> Any:
+    """A state whose sums for the next line of metrics begin anew, if they should."""
+    keep = lambda x: xp.where(fresh, xp.zeros_like(x), x)  # noqa: E731
+    sums = {name: keep(getattr(state.episodes, name)) for name in SUMS}
+    account = jax.tree.map(keep, state.account)
+    return state._replace(episodes=state.episodes._replace(**sums), account=account)
+
+
+def metrics_of(account: Any, health: Any, episodes: Any, xp: Any = jnp) -> dict[str, Any]:
+    """Means since the last line of metrics, over updates taken and ended episodes."""
+    taken, sums = account
+    with np.errstate(invalid="ignore", divide="ignore"):
         # No update, no losses: NaN says "nothing to report".
-        means = {name: xp.where(made > 0, x, xp.nan) for name, x in means.items()}
+        means = {name: xp.where(taken > 0, total / taken, xp.nan) for name, total in sums.items()}
         return means | {
+            "updates/refused": health.refused,
             "episode/return": episodes.sum_return / episodes.ended,
             "episode/length": episodes.sum_length / episodes.ended,
             "episode/count": episodes.ended,
@@ -276,19 +382,19 @@ def metrics_of(sums: dict[str, Any], made: Any, episodes: Any, xp: Any = jnp) ->
 
 def _iteration(
     config: RunConfig, env: Env, agent: Agent, memory: Replay
-) -> Callable[[TrainState, Metrics], tuple[TrainState, Metrics]]:
-    """`(state, sums of metrics) -> (state, sums of metrics)`, one iteration."""
+) -> Callable[[TrainState], TrainState]:
+    """`state -> state`, one iteration."""
     # Whole numbers keep the account of the train ratio exact over any number of iterations.
     earned, price = config.replay.updates_per_iteration(config.envs).as_integer_ratio()
 
-    def iterate(state: TrainState, sums: Metrics) -> tuple[TrainState, Metrics]:
+    def iterate(state: TrainState) -> TrainState:
         state = _act(state, env, agent, memory)
         clock = state.clock
         ready = clock.cursor.written >= memory.warmup
         credit = jnp.where(ready, clock.credit + earned, 0)
         due = credit // price
         state = state._replace(clock=clock._replace(credit=credit - due * price))
-        return learn(state, sums, due, agent, memory)
+        return learn(state, due, agent, memory, config.on_divergence)
 
     return iterate
 
@@ -313,30 +419,69 @@ def _act(state: TrainState, env: Env, agent: Agent, memory: Replay) -> TrainStat
 
 
 def learn(
-    state: TrainState, sums: Metrics, due: Array, agent: Agent, memory: Replay
-) -> tuple[TrainState, Metrics]:
-    """Makes the updates that are due, and adds up their metrics."""
-
-    def once(_: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-        state, sums = carry
-        state, metrics = _one_update(state, agent, memory)
-        return state, jax.tree.map(jnp.add, sums, metrics)
-
-    return jax.lax.fori_loop(0, due, once, (state, sums))
+    state: TrainState, due: Array, agent: Agent, memory: Replay, on_divergence: str
+) -> TrainState:
+    """Makes the updates that are due."""
+    once = lambda _, state: _one_update(state, agent, memory, on_divergence)  # noqa: E731
+    return jax.lax.fori_loop(0, due, once, state)
 
 
-def _one_update(state: TrainState, agent: Agent, memory: Replay) -> tuple[TrainState, Metrics]:
+def _one_update(state: TrainState, agent: Agent, memory: Replay, on_divergence: str) -> TrainState:
     """Samples a batch, updates the agent, writes the fresh latents back."""
     clock = state.clock
     key_sample, key_update = update_keys(state.key, clock.updates)
     window, cursor = memory.sample(state.buffer, clock.cursor, key_sample)
     learned, latents, metrics = agent.update(state.agent, window.context, window.steps, key_update)
-    state = state._replace(
-        agent=learned,
-        buffer=memory.write_back(state.buffer, window, latents),
+    taken, account, health = watch(
+        metrics, state.account, state.health, clock.updates, on_divergence
+    )
+    return state._replace(
+        agent=if_taken(taken, learned, state.agent),
+        buffer=memory.write_back(state.buffer, window, latents, taken),
+        account=account,
+        health=health,
         clock=clock._replace(updates=clock.updates + 1, cursor=cursor),
     )
-    return state, metrics
+
+
+def if_taken(taken: Array, after: AgentState, before: AgentState) -> AgentState:
+    """What was learned, or else what was known before."""
+    return jax.tree.map(lambda new, old: jnp.where(taken, new, old), after, before)
+
+
+def watched(metrics: Mapping[str, Any]) -> list[str]:
+    """The metrics that must be finite: every loss, of which the total is the sum, and the gradient."""
+    losses = {name for name in metrics if name.startswith("loss/")} - {"loss/total"}
+    return [*sorted(losses), "grad_norm"]
+
+
+def watch(
+    metrics: Metrics, account: Account, health: Health, updates: Array, on_divergence: str
+) -> tuple[Array, Account, Health]:
+    """Whether to take an update, and the accounts after it.
+
+    Args:
+      metrics: of the update.
+      account: the account of metrics before it.
+      health: the account of refused updates before it.
+      updates: updates made before it.
+      on_divergence: "stop" takes no update after one that was not finite, "skip" goes on.
+    """
+    bad = jnp.stack([~jnp.isfinite(metrics[name]) for name in watched(metrics)])
+    stopped = (health.refused > 0) & (on_divergence == "stop")
+    refused = bad.any() & ~stopped
+    taken = ~bad.any() & ~stopped
+    first = refused & (health.refused == 0)
+    sums = jax.tree.map(lambda total, x: total + jnp.where(taken, x, 0.0), account.sums, metrics)
+    return (
+        taken,
+        Account(account.taken + taken, sums),
+        Health(
+            health.refused + refused,
+            jnp.where(first, updates + 1, health.first),
+            jnp.where(first, jnp.argmax(bad), health.term).astype(jnp.int32),
+        ),
+    )
 
 
 def update_keys(key: Key, updates: Array) -> tuple[Key, Key]:
@@ -359,11 +504,11 @@ def count_episodes(episodes: Any, row: Any, xp: Any = jnp) -> Episodes:
     )
 
 
-def _seed_fault(env: Env, fault: wrappers.Fault, seeds: int) -> str | None:
-    """What `wrappers.guard` met in the first seed that has met anything."""
+def _member_fault(env: Env, fault: wrappers.Fault, members: int) -> str | None:
+    """What `wrappers.guard` met in the first member that has met anything."""
     fault = jax.tree.map(lambda x: np.atleast_1d(np.asarray(x)), fault)
-    for seed in range(seeds):
-        message = wrappers.fault_message(env, jax.tree.map(lambda x, i=seed: x[i], fault))
+    for index in range(members):
+        message = wrappers.fault_message(env, jax.tree.map(lambda x, i=index: x[i], fault))
         if message:
-            return f"(seed {seed} of {seeds}) {message}" if seeds > 1 else message
+            return f"(member {index} of {members}) {message}" if members > 1 else message
     return None

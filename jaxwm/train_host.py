@@ -23,7 +23,7 @@ from jaxwm.agent import Agent, AgentState
 from jaxwm.envs.host import Pool, TooManyFaults
 from jaxwm.recipes import RunConfig
 from jaxwm.replay import Buffer, Cursor, Packed, Replay, close_abandoned, pack, unpack
-from jaxwm.types import Action, Array, HostEnv, Key, Latent, Metrics, Params, Step
+from jaxwm.types import Action, Array, HostEnv, Key, Latent, Params, Step
 
 
 class HostState(NamedTuple):
@@ -33,38 +33,47 @@ class HostState(NamedTuple):
 
 
 def on_host(
-    config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, count: int
+    config: RunConfig,
+    env: HostEnv,
+    agent_of: Callable[[dict[str, Any]], Agent],
+    memory: Replay,
+    count: int,
 ) -> train.Program:
     """The program of a run with simulators on the host.
 
     Args:
       config: the run.
       env: what to simulate.
-      agent: the agent.
+      agent_of: `values -> Agent`, with the values of swept entries.
       memory: the replay, wherever it lies.
-      count: iterations per chunk.
+      count: iterations between two lines of metrics.
     """
-    many = config.seeds > 1
+    many = config.members > 1
+    _, values = train.members_of(config)
     earned, price = config.replay.updates_per_iteration(config.envs).as_integer_ratio()
     stores = {"device": _store_on_device, "host": _store_in_host_memory}
-    store = stores[config.replay.place](config, agent, memory)
+    store = stores[config.replay.place](config, agent_of, memory)
 
     def act(
-        params: Params, carry: Latent, row: Step, key: Key, iteration: Array
+        params: Params,
+        carry: Latent,
+        row: Step,
+        key: Key,
+        iteration: Array,
+        values: dict[str, Array],
     ) -> tuple[Latent, Action]:
         key_act, _ = jax.random.split(jax.random.fold_in(key, 2 * iteration))
-        return agent.act(params, carry, row, key_act)
+        return agent_of(values).act(params, carry, row, key_act)
 
     start: Any = train.beginning(
-        config, agent, memory, lambda key: ((), train.empty_row(env, config.envs))
+        config, agent_of, memory, lambda key: ((), train.empty_row(env, config.envs))
     )
-    no_sums = functools.partial(train.no_sums, agent=agent, memory=memory)
     if many:
         start = jax.vmap(start, out_axes=train.AXES)
-        no_sums = jax.vmap(no_sums, in_axes=(train.AXES,))
-        act = jax.vmap(act, in_axes=(0, 0, 0, 0, None))
-    start = functools.partial(jax.jit(store.start(start)), train.keys_of(config))
-    no_sums, jits = jax.jit(no_sums), (jax.jit(act), *store.jits)
+        act = jax.vmap(act, in_axes=(0, 0, 0, 0, None, 0))
+    begin = jax.jit(store.start(start))
+    start = lambda: begin(*train.members_of(config))  # noqa: E731
+    jits = (jax.jit(act), *store.jits)
     opened: list[Pool] = []
 
     def close() -> None:
@@ -72,10 +81,11 @@ def on_host(
             opened.pop().close()
 
     def rows(row: Step) -> Step:
-        """The pool's rows, with an axis of seeds if there is one."""
+        """The pool's rows, with an axis of members if there is one."""
         if not many:
             return row
-        return jax.tree.map(lambda x: x.reshape(config.seeds, config.envs, *x.shape[1:]), row)
+        lead = (config.members, config.envs)
+        return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), row)
 
     def flat(action: Any) -> Any:
         """Actions without that axis, as the pool takes them."""
@@ -85,7 +95,7 @@ def on_host(
         close()
         seed = np.random.SeedSequence((config.seed, int(state.clock.iteration)))
         opened.append(
-            Pool(env, config.seeds * config.envs, config.host, int(seed.generate_state(1)[0]))
+            Pool(env, config.members * config.envs, config.host, int(seed.generate_state(1)[0]))
         )
         episodes = jax.tree.map(np.zeros_like, jax.device_get(state.episodes))
         acting = HostState(state.agent.params)
@@ -98,15 +108,16 @@ def on_host(
     def chunk_of(act: Any, *others: Any) -> Any:
         add, learn = store.join(*others)
 
-        def chunk(state: train.TrainState) -> tuple[train.TrainState, dict[str, Any]]:
+        def chunk(
+            state: train.TrainState, count: Any, fresh: Any
+        ) -> tuple[train.TrainState, dict[str, Any]]:
             pool, begun, waited = opened[0], time.perf_counter(), 0.0
             clock = jax.tree.map(int, jax.device_get(state.clock))
             iteration, credit, updates = clock.iteration, clock.credit, clock.updates
+            state = train.begin_line(state, fresh, np)
             row, carry, acting = state.row, state.carry, state.env.acting
-            nothing = np.zeros((config.seeds,) if many else (), np.float32)
-            episodes = state.episodes._replace(**dict.fromkeys(train.SUMS, nothing))
+            episodes = jax.device_get(state.episodes)
             params, rest = state.agent.params, _without_acting(state)
-            sums = no_sums(state._replace(buffer=()))
 
             def keep(row: Step, carry: Latent) -> None:
                 nonlocal rest
@@ -114,14 +125,14 @@ def on_host(
                 rest = rest._replace(buffer=buffer, clock=rest.clock._replace(cursor=cursor))
 
             def improve(due: int) -> Params:
-                nonlocal params, rest, sums
-                params, rest, sums = learn(params, state.key, rest, sums, np.int32(due))
+                nonlocal params, rest
+                params, rest = learn(params, state.key, rest, np.int32(due))
                 return jax.block_until_ready(params)
 
             with ThreadPoolExecutor(1, "learner") as learner:
                 jobs, newest = [], None
                 for _ in range(count):
-                    carry, action = act(acting, carry, row, state.key, np.int32(iteration))
+                    carry, action = act(acting, carry, row, state.key, np.int32(iteration), values)
                     pool.send(flat(jax.device_get(action)))
                     jobs.append(learner.submit(keep, row, carry))
                     iteration += 1
@@ -152,7 +163,8 @@ def on_host(
                     jnp.int32, rest.clock._replace(iteration=iteration, credit=credit)
                 ),
             )
-            metrics = train.metrics_of(jax.device_get(sums), updates - clock.updates, episodes, np)
+            account, health, ended = jax.device_get((state.account, state.health, episodes))
+            metrics = train.metrics_of(account, health, ended, np)
             metrics["host/waiting"] = waited / (time.perf_counter() - begun)
             metrics["host/faults"] = sum(pool.faults.values())
             metrics["memory/simulators"] = pool.resident_bytes()
@@ -160,28 +172,30 @@ def on_host(
 
         return chunk
 
-    def compile_chunk() -> Any:
+    def compiled() -> train.Chunk:
         like = shapes()
-        sums = jax.eval_shape(no_sums, like._replace(buffer=()))
         arguments = (
-            (like.agent.params, like.carry, like.row, like.key, _NUMBER),
-            *store.arguments(like, sums),
+            (like.agent.params, like.carry, like.row, like.key, train.NUMBER, values),
+            *store.arguments(like),
         )
-        return chunk_of(*(f.lower(*a).compile() for f, a in zip(jits, arguments, strict=True)))
+        programs = [f.lower(*a).compile() for f, a in zip(jits, arguments, strict=True)]
+        temporary = max(map(train.temporary_bytes, programs))
+        return train.Chunk(chunk_of(*programs), count, temporary)
 
     return train.Program(
         env=env,
-        agent=agent,
+        agent=agent_of({}),
+        agent_of=agent_of,
         replay=memory,
         shapes=shapes,
         init=lambda: resume(store.init(start())),
         resume=resume,
-        chunk=chunk_of(*jits),
-        compile=compile_chunk,
+        chunk=train.Chunk(chunk_of(*jits), count),
+        compile=compiled,
         fault=lambda state: opened[0].failure if opened else None,
         close=close,
         iterations=count,
-        seeds=config.seeds,
+        members=config.members,
     )
 
 
@@ -190,54 +204,55 @@ class _Store(NamedTuple):
 
     Attributes:
       jits: the functions to compile.
-      arguments: `train.TrainState, sums -> arguments of each`, all of them shapes.
+      arguments: `train.TrainState -> arguments of each`, all of them shapes.
       join: `*jits -> add, learn` with
         `add: buffer, cursor, rows, latents -> buffer, cursor` and
-        `learn: params, key, rest, sums, due -> params, rest, sums`, where rest is what
-        `_without_acting` leaves. Buffer, rest and sums are used up; params are not, because they
-        act at the same time.
+        `learn: params, key, rest, due -> params, rest`, where rest is what `_without_acting`
+        leaves. Buffer and rest are used up; params are not, because they act at the same time.
       start: `function -> function`, of those that make a `train.TrainState` on the device.
       init: `train.TrainState -> train.TrainState`, what came from there made whole.
       shapes: the same for shapes.
     """
 
     jits: tuple[Any, ...]
-    arguments: Callable[[train.TrainState, Any], tuple[Any, ...]]
+    arguments: Callable[[train.TrainState], tuple[Any, ...]]
     join: Callable[..., tuple[Any, Any]]
     start: Callable[[Any], Any] = lambda function: function
     init: Callable[[train.TrainState], train.TrainState] = lambda state: state
     shapes: Callable[[train.TrainState], train.TrainState] = lambda like: like
 
 
-_NUMBER = jax.ShapeDtypeStruct((), jnp.int32)
-
-
-def _store_on_device(config: RunConfig, agent: Agent, memory: Replay) -> _Store:
+def _store_on_device(
+    config: RunConfig, agent_of: Callable[[dict[str, Any]], Agent], memory: Replay
+) -> _Store:
     """All updates of a round are one program."""
 
     def learn(
-        params: Params, key: Key, rest: train.TrainState, sums: Metrics, due: Array
-    ) -> tuple[Params, train.TrainState, Metrics]:
+        params: Params, key: Key, rest: train.TrainState, due: Array
+    ) -> tuple[Params, train.TrainState]:
         state = rest._replace(agent=rest.agent._replace(params=params), key=key)
-        state, sums = train.learn(state, sums, due, agent, memory)
-        return state.agent.params, _without_acting(state), sums
+        agent = agent_of(state.values)
+        state = train.learn(state, due, agent, memory, config.on_divergence)
+        return state.agent.params, _without_acting(state)
 
     add: Any = memory.add
-    if config.seeds > 1:
+    if config.members > 1:
         add = jax.vmap(add, in_axes=(0, None, 0, 0), out_axes=(0, None))
-        learn = jax.vmap(learn, in_axes=(0, 0, train.AXES, 0, None), out_axes=(0, train.AXES, 0))
+        learn = jax.vmap(learn, in_axes=(0, 0, train.AXES, None), out_axes=(0, train.AXES))
 
-    def arguments(like: train.TrainState, sums: Any) -> tuple[Any, ...]:
+    def arguments(like: train.TrainState) -> tuple[Any, ...]:
         return (
             (like.buffer, like.clock.cursor, like.row, like.carry),
-            (like.agent.params, like.key, _without_acting(like), sums, _NUMBER),
+            (like.agent.params, like.key, _without_acting(like), train.NUMBER),
         )
 
-    jits = (jax.jit(add, donate_argnums=0), jax.jit(learn, donate_argnums=(2, 3)))
+    jits = (jax.jit(add, donate_argnums=0), jax.jit(learn, donate_argnums=2))
     return _Store(jits, arguments, lambda add, learn: (add, learn))
 
 
-def _store_in_host_memory(config: RunConfig, agent: Agent, memory: Replay) -> _Store:
+def _store_in_host_memory(
+    config: RunConfig, agent_of: Callable[[dict[str, Any]], Agent], memory: Replay
+) -> _Store:
     """Each update is a program, which is handed its batch and hands back the fresh latents.
 
     Which windows the updates of a round take depends on counters and keys alone, so one program
@@ -260,38 +275,45 @@ def _store_in_host_memory(config: RunConfig, agent: Agent, memory: Replay) -> _S
     def update(
         params: Params,
         key: Key,
-        others: AgentState,
-        sums: Metrics,
+        others: _Others,
+        values: dict[str, Array],
         made: Array,
         context: Packed,
         steps: Step,
-    ) -> tuple[Params, AgentState, Metrics, Packed]:
-        state, carry = others._replace(params=params), unpack(context, classes)
+    ) -> tuple[Params, _Others, Packed, Array]:
+        before, carry = others.agent._replace(params=params), unpack(context, classes)
         key_update = train.update_keys(key, made)[1]
-        state, latents, metrics = agent.update(state, carry, close_abandoned(steps), key_update)
-        sums = jax.tree.map(jnp.add, sums, metrics)
-        return state.params, state._replace(params=()), sums, pack(latents)
+        after, latents, metrics = agent_of(values).update(
+            before, carry, close_abandoned(steps), key_update
+        )
+        taken, account, health = train.watch(
+            metrics, others.account, others.health, made, config.on_divergence
+        )
+        after = train.if_taken(taken, after, before)
+        others = _Others(after._replace(params=()), account, health)
+        return after.params, others, pack(latents), taken
 
-    classes = jax.eval_shape(lambda: agent.initial(1)).stoch.shape[-1]
+    classes = jax.eval_shape(lambda: agent_of({}).initial(1)).stoch.shape[-1]
     packing, lead = pack, ()
-    if config.seeds > 1:
-        lead = (config.seeds,)
+    if config.members > 1:
+        lead = (config.members,)
         packing = jax.vmap(pack)
         choose = jax.vmap(choose, in_axes=(0, None, None), out_axes=(1, 1, None))
         update = jax.vmap(update, in_axes=(0, 0, 0, 0, None, 0, 0))
 
-    def arguments(like: train.TrainState, sums: Any) -> tuple[Any, ...]:
+    def arguments(like: train.TrainState) -> tuple[Any, ...]:
         key = jax.eval_shape(lambda: jax.random.key(0))
         window, _ = jax.eval_shape(memory.sample, memory.shapes, like.clock.cursor, key)
         context, steps = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype),
             (jax.eval_shape(pack, window.context), window.steps),
         )
-        agent_state = like.agent._replace(params=())
+        others = _Others(like.agent._replace(params=()), like.account, like.health)
+        number = train.NUMBER
         return (
             (like.carry,),
-            (like.key, _NUMBER, like.clock.cursor),
-            (like.agent.params, like.key, agent_state, sums, _NUMBER, context, steps),
+            (like.key, number, like.clock.cursor),
+            (like.agent.params, like.key, others, like.values, number, context, steps),
         )
 
     def join(pack: Any, choose: Any, update: Any) -> tuple[Any, Any]:
@@ -300,23 +322,25 @@ def _store_in_host_memory(config: RunConfig, agent: Agent, memory: Replay) -> _S
             replay_host.add(buffer, written, rows, jax.device_get(pack(latents)))
             return buffer, cursor._replace(written=np.int32(written + 1))
 
-        def learn(params: Params, key: Any, rest: train.TrainState, sums: Any, due: Any) -> Any:
-            buffer, clock, others = rest.buffer, rest.clock, rest.agent
+        def learn(params: Params, key: Any, rest: train.TrainState, due: Any) -> Any:
+            buffer, clock = rest.buffer, rest.clock
+            others = _Others(rest.agent, rest.account, rest.health)
             made = int(clock.updates)
             env, start, online = jax.device_get(choose(key, np.int32(made), clock.cursor))
             steps = jax.device_put(replay_host.read(buffer, env[0], start[0], length))
             for i in range(due):
                 context = replay_host.context(buffer, env[i], start[i])
-                params, others, sums, fresh = update(
-                    params, key, others, sums, np.int32(made + i), context, steps
+                params, others, fresh, taken = update(
+                    params, key, others, rest.values, np.int32(made + i), context, steps
                 )
                 if i + 1 < due:  # while the device computes
                     following = replay_host.read(buffer, env[i + 1], start[i + 1], length)
                     steps = jax.device_put(following)
-                replay_host.write_back(buffer, env[i], start[i], jax.device_get(fresh))
+                fresh, taken = jax.device_get((fresh, taken))
+                replay_host.write_back(buffer, env[i], start[i], fresh, taken)
             cursor = clock.cursor._replace(online=online[due - 1])
             clock = clock._replace(updates=np.int32(made + due), cursor=cursor)
-            return params, rest._replace(agent=others, clock=clock), sums
+            return params, rest._replace(**others._asdict(), clock=clock)
 
         return add, learn
 
@@ -324,13 +348,21 @@ def _store_in_host_memory(config: RunConfig, agent: Agent, memory: Replay) -> _S
         return state._replace(buffer=make(memory.shapes, lead))
 
     return _Store(
-        (jax.jit(packing), jax.jit(choose), jax.jit(update, donate_argnums=(2, 3))),
+        (jax.jit(packing), jax.jit(choose), jax.jit(update, donate_argnums=2)),
         arguments,
         join,
-        start=lambda start: lambda keys: start(keys)._replace(buffer=()),
+        start=lambda start: lambda *members: start(*members)._replace(buffer=()),
         init=functools.partial(with_buffer, replay_host.empty),
         shapes=functools.partial(with_buffer, replay_host.outline),
     )
+
+
+class _Others(NamedTuple):
+    """What an update changes in place when the replay lies with the host."""
+
+    agent: AgentState  # but for the parameters
+    account: train.Account
+    health: train.Health
 
 
 def _without_acting(state: train.TrainState) -> train.TrainState:

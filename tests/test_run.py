@@ -13,13 +13,13 @@ from jaxwm import checkpoint, cli, envs, train
 from jaxwm.agent import make_agent
 from jaxwm.evaluate import rollout
 from jaxwm.log import read_metrics
-from jaxwm.recipes import dreamer_v3
+from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.report import command
 from jaxwm.run import (
-    _check_losses,
     _memory_in_words,
     default_folder,
     evaluate,
+    evaluate_run,
     evaluation_lines,
     resume,
     run,
@@ -73,7 +73,7 @@ def still(monkeypatch):
     monkeypatch.setattr(train, "make_agent", make)
 
 
-def test_seeds_side_by_side_are_told_apart(tiny, still, tmp_path, capsys):
+def test_seeds_side_by_side_are_told_apart(tiny, tmp_path, capsys):
     config = dataclasses.replace(tiny, seeds=2, seed=5, steps=80, log_every=80)
     with jax.debug_key_reuse(False):
         summary = run(config, tmp_path / "run")
@@ -94,12 +94,13 @@ def test_seeds_side_by_side_are_told_apart(tiny, still, tmp_path, capsys):
 def test_evaluation_lines():
     # (1 + 2) / 2 and (4 + 6) / 2, whose mean is 3.25.
     returns = np.array([[1.0, 2.0], [4.0, 6.0]])
-    assert evaluation_lines(returns, 7) == [
+    config = RunConfig(env="toy/Memory", seed=7, seeds=2)
+    assert evaluation_lines(returns, config) == [
         "evaluation return (seed 7): 1.5",
         "evaluation return (seed 8): 5",
         "evaluation return: 3.25",
     ]
-    assert evaluation_lines(returns[:1], 0) == ["evaluation return: 1.5"]
+    assert evaluation_lines(returns[:1], RunConfig(env="toy/Memory")) == ["evaluation return: 1.5"]
 
 
 def test_the_default_folder_is_named_after_the_run(tiny):
@@ -120,7 +121,7 @@ def breaking(at: int) -> Env:
     return Env("test/Breaking", {"height": Box((1,))}, Discrete(2), reset, step)
 
 
-def test_a_broken_environment_stops_the_run(tiny, still, tmp_path, monkeypatch, capsys):
+def test_a_broken_environment_stops_the_run(tiny, tmp_path, monkeypatch, capsys):
     """The row is named, and the checkpoint before it stays the last."""
     # Step 35 of 4 environments falls into the chunk from 120 to 160; a checkpoint is at 120.
     monkeypatch.setattr(envs, "make", lambda name: breaking(35))
@@ -139,16 +140,57 @@ def test_a_broken_evaluation_is_told(tiny, monkeypatch):
     agent = make_agent(dreamer_v3.agent("debug"), env.obs_space, env.action_space)
     monkeypatch.setattr(rollout, "evaluate", lambda *args: jnp.full((2,), jnp.nan))
     with pytest.raises(JaxwmError, match=r"test/Breaking gave a NaN .* in the evaluation"):
-        evaluate(agent, env, [{}], tiny, 2)
-    assert evaluate(agent, env, [{}, {}], tiny, 0).shape == (2, 0)
+        evaluate(lambda values: agent, env, [{}], tiny, 2)
+    assert evaluate(lambda values: agent, env, [{}, {}], tiny, 0).shape == (2, 0)
 
 
-def test_a_diverged_training_is_told(tiny):
-    metrics = {"loss/total": np.array([1.0, np.nan]), "loss/reward": np.array([1.0, np.nan])}
-    with pytest.raises(JaxwmError, match=r"diverged before step 80: loss/total, loss/reward is"):
-        _check_losses(metrics, 3, 80, tiny)
-    _check_losses(metrics, 0, 80, tiny)  # no update, nothing to tell
-    _check_losses({"loss/total": np.float32(1.0)}, 3, 80, tiny)
+def wild(config, **changes):
+    """The run with a learning rate that no training survives."""
+    optim = dataclasses.replace(config.agent.optim, learning_rate=1e30, warmup_steps=0)
+    agent = dataclasses.replace(config.agent, optim=optim)
+    return dataclasses.replace(config, agent=agent, **changes)
+
+
+def test_a_diverged_training_is_told(tiny, tmp_path):
+    """By its first bad term and update; no checkpoint holds anything that is not finite."""
+    told = r"training of seed 0 diverged at update 2: (loss/\S+|grad_norm) is NaN .* not taken"
+    with pytest.raises(JaxwmError, match=told):
+        run(wild(tiny), tmp_path / "run", quiet=True)
+    with pytest.raises(JaxwmError, match="no checkpoint"):
+        checkpoint.latest(tmp_path / "run")
+
+
+def test_updates_that_are_not_finite_may_be_skipped(tiny, tmp_path):
+    summary = run(wild(tiny, on_divergence="skip"), tmp_path / "run", quiet=True)
+    assert np.isfinite(summary.returns).all()
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["updates/refused"] == last["updates"] - 1 and "loss/total" not in last
+
+
+def test_a_sweep_leaves_curves_and_returns_of_each_setting(tiny, tmp_path, capsys):
+    """One of the settings diverges: it is told, and the others go on."""
+    folder = tmp_path / "run"
+    words = ["--sweep", "learning_rate=1e-3,1e30", "behavior.unimix=0.5", "--seeds", "2"]
+    with jax.debug_key_reuse(False):
+        assert cli.main([*command(tiny).split()[1:], *words, "--run", str(folder)]) == 0
+    told = capsys.readouterr().out
+    for i in range(2):
+        name = f"learning_rate=1e+30 unimix=0.5 seed {i}"
+        assert f"The training of {name} diverged at update" in told
+        assert f"evaluation return (learning_rate=0.001 unimix=0.5 seed {i}): " in told
+        assert f"evaluation return ({name}): " in told
+    lines = read_metrics(folder)
+    assert [x["seed"] for x in lines[:4]] == [0, 1, 0, 1]
+    assert lines[0]["setting"] == lines[1]["setting"] == "learning_rate=0.001 unimix=0.5"
+    assert (
+        "--sweep learning_rate=1e-3,1e30 behavior.unimix=0.5" in (folder / "SUMMARY.md").read_text()
+    )
+    assert len(evaluate_run(folder, 2)) == 4
+    one, two = (jaxwm.load(folder, member=i) for i in (0, 2))
+    cue = np.ones(8, int)
+    assert (one.act(cue)[1].latent.deter != two.act(cue)[1].latent.deter).any()
+    with pytest.raises(JaxwmError, match="member is 4, and must be 0 to 3"):
+        jaxwm.load(folder, member=4)
 
 
 def test_a_full_device_is_told():

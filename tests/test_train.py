@@ -31,7 +31,7 @@ def config() -> RunConfig:
 def single(config):
     """The program of one seed, and its chunk compiled."""
     program = train.build(config, iterations=7)
-    return program, program.chunk.lower(jax.eval_shape(program.init)).compile()
+    return program, program.compile()
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +39,12 @@ def quad(config):
     """The program of four seeds, and its chunk compiled."""
     with jax.debug_key_reuse(False):
         program = train.build(dataclasses.replace(config, seeds=4), iterations=7)
-        return program, program.chunk.lower(jax.eval_shape(program.init)).compile()
+        return program, program.compile()
 
 
-def run(chunk, state, times):
+def run(chunk, state, times, *how):
     for _ in range(times):
-        state, metrics = chunk(state)
+        state, metrics = chunk(state, *how)
     return state, metrics
 
 
@@ -72,6 +72,21 @@ def test_four_seeds_in_one_program_follow_four_single_runs(config, single, quad)
     assert min(np.abs(others[0] - x).max() for x in others[1:]) > 0.1
 
 
+def test_how_a_run_is_cut_into_chunks_changes_nothing(single):
+    """28 iterations as 4 x 7 or in other pieces: every bit of the state and of the metrics."""
+    program, chunk = single
+    state, metrics = run(chunk, program.init(), 4)
+    other = program.init()
+    for count, fresh in [(5, True), (2, False), (7, True), (1, True), (6, False), (7, True)]:
+        other, told = chunk(other, count, fresh)
+    chex.assert_trees_all_equal(*map(plain, (state, other)))
+    chex.assert_trees_all_equal(metrics, told)
+
+
+def plain(state):
+    return jax.tree.map(np.asarray, state._replace(key=jax.random.key_data(state.key), env=()))
+
+
 def test_a_program_is_traced_once(config, monkeypatch):
     traces = []
     act = train._act
@@ -81,14 +96,14 @@ def test_a_program_is_traced_once(config, monkeypatch):
     once = len(traces)
     run(program.chunk, state, 3)
     assert len(traces) == once
-    assert program.chunk._cache_size() == 1
+    assert program.chunk.function._cache_size() == 1
 
 
 @pytest.mark.parametrize("name", ["single", "quad"])
 def test_the_replay_is_never_copied(request, name):
     program, compiled = request.getfixturevalue(name)
-    memory = compiled.memory_analysis()
-    size = program.replay.nbytes * program.seeds
+    memory = compiled.function.memory_analysis()
+    size = program.replay.nbytes * program.members
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < size / 2
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < size / 2
@@ -97,9 +112,10 @@ def test_the_replay_is_never_copied(request, name):
 def test_a_chunk_stays_on_the_device(single):
     program, compiled = single
     state = jax.block_until_ready(program.init())
+    number, truth = jnp.int32(7), jnp.bool_(True)
     with jax.transfer_guard("disallow"):
-        jax.block_until_ready(run(compiled, state, 2))
-    text = compiled.as_text()
+        jax.block_until_ready(run(compiled.function, state, 2, number, truth))
+    text = compiled.function.as_text()
     assert "fusion" in text
     for word in ("callback", "infeed", "outfeed", "send(", "recv("):
         assert word not in text
@@ -123,7 +139,8 @@ def clerk(config, obs_space, action_space) -> Agent:
         after = carry.deter[None] + 1 + jnp.arange(len(steps.reward))[:, None, None]
         latents = Latent(after % 5, jnp.zeros((*steps.reward.shape, 1, 2)))
         made = state.params + 1
-        return state._replace(params=made), latents, {"made": made}
+        fine = {"loss/total": jnp.zeros(()), "grad_norm": jnp.zeros(())}
+        return state._replace(params=made), latents, {"made": made} | fine
 
     def init(key):
         return AgentState(*(jnp.zeros(()) for _ in range(4)))

@@ -188,6 +188,11 @@ def _is_known(config: RunConfig, task: str) -> bool:
 
 def _check_same(run: Path, config: RunConfig, other_run: Path, other: RunConfig) -> None:
     """Raises an error unless two runs are of one experiment."""
+    if config.sweep:
+        raise JaxwmError(
+            f"{run} is a sweep ({' '.join(config.sweep)}), whose members are no seeds of one "
+            "experiment. Compare runs of one setting each."
+        )
     if config.env != other.env:
         raise JaxwmError(
             f"A comparison is about one environment: {run} is a run in {config.env} and "

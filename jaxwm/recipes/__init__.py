@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
+from jaxwm import sweep
 from jaxwm.agent import AgentConfig
 from jaxwm.config import require
 from jaxwm.envs.host import HostConfig
@@ -20,6 +22,10 @@ class RunConfig:
       variant: name of the variant, where code and paper differ.
       seed: first seed.
       seeds: number of seeds trained side by side in one program: seed, seed + 1, ...
+      sweep: entries of the agent to vary in that program, such as
+        `learning_rate=1e-5,4e-5 entropy=1e-4,3e-4`: every combination, each with all seeds.
+      on_divergence: after an update that is not finite, and so never taken, its member may "stop"
+        learning, or "skip" it and go on; a run stops when all its members have.
       steps: environment steps per seed, over all its environments.
       envs: environments per seed.
       action_repeat: times each action is repeated in the environment.
@@ -38,6 +44,8 @@ class RunConfig:
     variant: str = "head"
     seed: int = 0
     seeds: int = 1
+    sweep: tuple[str, ...] = ()
+    on_divergence: Literal["stop", "skip"] = "stop"
     steps: int = 1_000_000
     envs: int = 16
     action_repeat: int = 1
@@ -57,6 +65,14 @@ class RunConfig:
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}; it must not be negative.")
         self.replay.rows_per_env(self.envs)
+        if self.sweep:
+            for index in range(self.members):
+                sweep.member(self, index)  # which checks its values
+
+    @property
+    def members(self) -> int:
+        """What trains side by side in one program: every setting of the sweep with every seed."""
+        return len(sweep.settings(self)) * self.seeds
 
 
 def recipes() -> dict[str, Callable[..., RunConfig]]:

@@ -1,0 +1,96 @@
+"""What a run takes of the device's memory, told before anything is allocated."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxwm.config import require
+from jaxwm.replay import device_bytes
+from jaxwm.train import Chunk, Program
+
+# What changes each part most, the strongest first.
+_FLAGS = {
+    "replay": ("--replay.capacity", "--seeds"),
+    "parameters": ("--size", "--seeds"),
+    "optimiser": ("--size", "--seeds"),
+    "activations": ("--replay.batch-size", "--replay.batch-length", "--size"),
+    "environments": ("--envs", "--seeds"),
+}
+
+
+class Use(NamedTuple):
+    """Bytes of the device's memory, over all members."""
+
+    replay: int
+    parameters: int  # the slow critic's too
+    optimiser: int
+    activations: int  # whatever the compiled program needs beside the state
+    environments: int  # their states, the present rows, counters
+
+
+def use(program: Program, chunk: Chunk) -> Use:
+    """What a compiled run takes; a replay in the host's memory counts as nothing."""
+    state = program.shapes()
+    on_device = lambda tree: sum(_bytes(x) for x in jax.tree.leaves(tree))  # noqa: E731
+    agent = state.agent
+    replay, opt = on_device(state.buffer), on_device(agent.opt)
+    parameters = on_device((agent.params, agent.slow))
+    return Use(
+        replay, parameters, opt, chunk.temporary, on_device(state) - replay - parameters - opt
+    )
+
+
+def check(used: Use) -> None:
+    """Refuses a run that the device cannot hold.
+
+    Raises:
+      JaxwmError: with the largest parts, and the flags that would change them.
+    """
+    total, limit = sum(used), device_bytes()
+    require(
+        total <= 0.95 * limit,
+        f"The run needs {size(total)} and the device ({jax.devices()[0].device_kind}) has "
+        f"{size(limit)}: {_parts(used)}. Lower {flags(used)}.",
+    )
+
+
+def line(used: Use) -> str:
+    """The parts in one line, beside what the device has."""
+    return (
+        f"Memory: {_parts(used)}; together {size(sum(used))} of {size(device_bytes())}. "
+        f"Most changed by {flags(used)}."
+    )
+
+
+def flags(used: Use) -> str:
+    """The three flags that would change the use most."""
+    found: list[str] = []
+    for name in _largest(used):
+        found += [flag for flag in _FLAGS[name] if flag not in found]
+    return f"{', '.join(found[:2])} or {found[2]}"
+
+
+def size(count: float) -> str:
+    """Bytes for people: 832 B, 41.2 MB, 1.55 GB."""
+    power = min(max(int(math.log(max(count, 1), 1000)), 0), 4)
+    unit = ("B", "kB", "MB", "GB", "TB")[power]
+    return f"{count:.0f} B" if power == 0 else f"{count / 1000**power:.3g} {unit}"
+
+
+def _parts(used: Use) -> str:
+    return ", ".join(f"{name} {size(getattr(used, name))}" for name in _largest(used))
+
+
+def _largest(used: Use) -> list[str]:
+    return sorted(used._fields, key=lambda name: -getattr(used, name))
+
+
+def _bytes(leaf: Any) -> int:
+    """Bytes of a shape; what is numpy lies in the host's memory."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return 0
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return math.prod(leaf.shape) * leaf.dtype.itemsize

@@ -1,0 +1,144 @@
+"""Members: what trains side by side in one program, one per seed and swept setting.
+
+A sweep names entries of the agent's configuration and the values each should take:
+
+    learning_rate=1e-5,4e-5 entropy=1e-4,3e-4
+
+makes four settings, and with two seeds eight members. Members lie setting by setting, each with
+all its seeds. In the program a swept entry is an array over members, so all settings share one
+compiled program; what would change the program's form, such as a size, cannot be swept.
+"""
+
+import copy
+import dataclasses
+import itertools
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from jaxwm.config import require
+from jaxwm.spaces import nearest
+
+T = TypeVar("T")
+
+_ROOT = "agent."
+
+
+def parse(sweep: tuple[str, ...], config: Any) -> dict[str, tuple[float, ...]]:
+    """The values that each swept entry takes, by its dotted path.
+
+    Args:
+      sweep: words "NAME=VALUE,VALUE,..."; the end of a path will do for a name, if it is the end
+        of one path only.
+      config: the configuration, for its entries.
+
+    Raises:
+      JaxwmError: if a word has another form, or names no entry, several, one twice, or one that
+        is not a number with fractions.
+    """
+    found: dict[str, tuple[float, ...]] = {}
+    numbers = [_ROOT + path for path in _floats(type(config.agent))]
+    for word in sweep:
+        name, _, listed = word.partition("=")
+        path = _path(name.replace("-", "_"), numbers)
+        require(path not in found, f"The sweep names {path} twice. Give all its values at once.")
+        try:
+            found[path] = tuple(float(value) for value in listed.split(","))
+        except ValueError:
+            found[path] = ()
+        require(
+            len(found[path]) > 0 and all(map(math.isfinite, found[path])),
+            f"The sweep of {path} should be numbers with commas between them, such as "
+            f"{name}=1e-5,4e-5, not {word!r}.",
+        )
+        require(
+            len(set(found[path])) == len(found[path]),
+            f"The sweep of {path} names a value twice: {listed}.",
+        )
+    return found
+
+
+def settings(config: Any) -> list[dict[str, float]]:
+    """Every combination of the swept values, by dotted path; a single empty one without a sweep."""
+    swept = parse(config.sweep, config)
+    return [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
+
+
+def columns(config: Any) -> dict[str, list[float]]:
+    """The value of each swept entry for each member."""
+    rows = [setting for setting in settings(config) for _ in range(config.seeds)]
+    return {path: [row[path] for row in rows] for path in rows[0]}
+
+
+def labels(config: Any) -> list[str]:
+    """The setting of each member as "learning_rate=1e-05 entropy=0.0001"; "" without a sweep."""
+    rows = [setting for setting in settings(config) for _ in range(config.seeds)]
+    return [
+        " ".join(f"{path.rpartition('.')[2]}={value:g}" for path, value in row.items())
+        for row in rows
+    ]
+
+
+def member(config: T, index: int) -> T:
+    """The configuration of one member: what it would be if it trained alone.
+
+    Raises:
+      JaxwmError: if one of its values is out of range.
+    """
+    run: Any = config
+    setting = settings(run)[index // run.seeds]
+    alone = dataclasses.replace(run, sweep=(), seeds=1, seed=run.seed + index % run.seeds)
+    for path, value in setting.items():
+        alone = _replaced(alone, path.split("."), value, dataclasses.replace)
+    return alone
+
+
+def put(config: T, values: Mapping[str, Any]) -> T:
+    """A configuration with other entries, which may be traced and are not checked.
+
+    Args:
+      config: a dataclass.
+      values: what to put, by dotted path.
+    """
+    for path, value in values.items():
+        config = _replaced(config, path.split("."), value, _unchecked)
+    return config
+
+
+def _replaced(config: Any, names: list[str], value: Any, replace: Any) -> Any:
+    name, *rest = names
+    if rest:
+        value = _replaced(getattr(config, name), rest, value, replace)
+    return replace(config, **{name: value})
+
+
+def _unchecked(config: Any, **values: Any) -> Any:
+    """`dataclasses.replace` without the checks of `__post_init__`, which need real numbers."""
+    config = copy.copy(config)
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+    return config
+
+
+def _floats(cls: Any, path: str = "") -> list[str]:
+    """Paths of the entries of a dataclass that are declared as float."""
+    hints, found = typing.get_type_hints(cls), []
+    for field in dataclasses.fields(cls):
+        hint, name = hints[field.name], path + field.name
+        if dataclasses.is_dataclass(hint):
+            found += _floats(hint, f"{name}.")
+        elif hint is float:
+            found.append(name)
+    return found
+
+
+def _path(name: str, paths: list[str]) -> str:
+    """The one path that ends in `name`."""
+    ends = [path for path in paths if f".{path}".endswith(f".{name}")]
+    require(
+        len(ends) < 2, f"The sweep's {name!r} may be {' or '.join(ends)}. Give more of the path."
+    )
+    if not ends:
+        raise nearest(name, [*paths, *(x.rpartition(".")[2] for x in paths)], "entry to sweep")
+    return ends[0]

@@ -1,0 +1,60 @@
+"""What a run takes of the device's memory, and what is said of it before it begins."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from jaxwm import memory, train
+from jaxwm.memory import Use
+from jaxwm.types import JaxwmError
+
+
+@pytest.fixture(scope="module")
+def program(tiny):
+    return train.build(tiny)
+
+
+def test_the_parts_are_those_of_the_state(tiny, program):
+    chunk = program.compile()
+    used = memory.use(program, chunk)
+    assert used.replay == program.replay.nbytes
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(program.shapes().agent.params))
+    slow = sum(math.prod(x.shape) for x in jax.tree.leaves(program.shapes().agent.slow.params))
+    assert used.parameters == 4 * (count + slow) + 4  # and the counter of the slow copy
+    # Two statistics of each parameter, two counters.
+    assert used.optimiser == 2 * 4 * count + 2 * 4
+    # The state is all that the program takes and gives, but the two numbers of a chunk.
+    found = chunk.function.memory_analysis()
+    state = sum(used) - used.activations
+    assert abs(found.argument_size_in_bytes - state) < 100
+    assert used.activations == found.temp_size_in_bytes > 0
+
+
+def test_members_count_each(tiny, program):
+    with jax.debug_key_reuse(False):
+        four = train.build(dataclasses.replace(tiny, seeds=2, sweep=("entropy=0,1",)))
+        used = memory.use(four, four.chunk)
+    assert used.replay == 4 * memory.use(program, program.chunk).replay
+
+
+def test_a_run_larger_than_the_device_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "device_bytes", lambda: 10_000_000_000)
+    used = Use(2_000_000_000, 40_000_000, 80_000_000, 8_000_000_000, 1_500)
+    told = (
+        r"needs 10\.1 GB and the device \(.*\) has 10 GB: activations 8 GB, replay 2 GB, optimiser "
+        r"80 MB, parameters 40 MB, environments 1\.5 kB\. Lower --replay\.batch-size, "
+        r"--replay\.batch-length or --size"
+    )
+    with pytest.raises(JaxwmError, match=told):
+        memory.check(used)
+    memory.check(used._replace(activations=7_000_000_000))
+
+
+def test_the_line_names_parts_and_flags(monkeypatch):
+    monkeypatch.setattr(memory, "device_bytes", lambda: 24_000_000_000)
+    assert memory.line(Use(5_000_000_000, 4_000, 8_000, 640, 832)) == (
+        "Memory: replay 5 GB, optimiser 8 kB, parameters 4 kB, environments 832 B, activations "
+        "640 B; together 5 GB of 24 GB. Most changed by --replay.capacity, --seeds or --size."
+    )
