@@ -450,7 +450,7 @@ def if_taken(taken: Array, after: AgentState, before: AgentState) -> AgentState:
 
 
 def watched(metrics: Mapping[str, Any]) -> list[str]:
-    """The metrics that must be finite: every loss, of which the total is the sum, and the gradient."""
+    """What must be finite: the gradient and every loss, of which the total is the sum."""
     losses = {name for name in metrics if name.startswith("loss/")} - {"loss/total"}
     return [*sorted(losses), "grad_norm"]
 
