@@ -17,6 +17,7 @@ from jaxwm.config import at_least, share
 from jaxwm.models.world_model import WorldModelConfig, world_model
 from jaxwm.optim import OptimConfig, apply_updates, global_norm, laprop, slow_copy
 from jaxwm.types import (
+    ALONE,
     Action,
     ActionSpace,
     Array,
@@ -26,6 +27,7 @@ from jaxwm.types import (
     Metrics,
     ObsSpace,
     Params,
+    Shards,
     Step,
     WorldModel,
     as_dict,
@@ -138,13 +140,19 @@ def compute_dtype(name: str) -> str:
     return "bfloat16" if native else "float32"
 
 
-def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace) -> Agent:
+def make_agent(
+    config: AgentConfig,
+    obs_space: ObsSpace,
+    action_space: ActionSpace,
+    shards: Shards = ALONE,
+) -> Agent:
     """The agent for one environment's spaces.
 
     Args:
       config: sizes and numbers.
       obs_space: space of each observation key.
       action_space: one space, or a space per key.
+      shards: how the shards of the training meet, if it is divided.
 
     Raises:
       JaxwmError: if the model or the behaviour cannot take the spaces.
@@ -154,7 +162,7 @@ def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpa
     model_config = dataclasses.replace(config.model, dtype=dtype)
     model = world_model(model_config, obs_space, actions)
     feature_size = jax.eval_shape(lambda: model.features(model.initial(1))).shape[-1]
-    behavior = actor_critic(config.behavior, actions, model, feature_size, dtype)
+    behavior = actor_critic(config.behavior, actions, model, feature_size, dtype, shards.every)
     optimizer = laprop(**dataclasses.asdict(config.optim))
     slow = slow_copy(config.slow_rate)
 
@@ -211,10 +219,12 @@ def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpa
         grads, report = jax.grad(loss, has_aux=True)(
             state.params, state.slow.params, state.behavior, carry, steps, draws
         )
+        # The only reduction of an update: what is read comes along with what is learned from.
+        grads, means = shards.mean((grads, report.metrics))
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params: Any = apply_updates(state.params, updates)
         slow_value = slow.update(state.slow, {"value": params["behavior"]["value"]})
-        metrics = report.metrics | {"grad_norm": global_norm(grads)}
+        metrics = means | {"grad_norm": global_norm(grads)}
         return AgentState(params, slow_value, opt, report.behavior), report.latents, metrics
 
     # Traced once for a batch's shapes, however often a program asks for it.

@@ -280,7 +280,7 @@ def check_fits(
     Raises:
       JaxwmError: stating both sizes.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     stats = (device.memory_stats() or {}) if place == "device" else {}
     limit = stats.get("bytes_limit") or _host_bytes()
     if nbytes > 0.9 * limit:

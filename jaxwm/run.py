@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxwm import checkpoint, plot, train
+from jaxwm import checkpoint, mesh, plot, train
 from jaxwm import config as configs
 from jaxwm.agent import Agent
 from jaxwm.config import require
@@ -41,6 +41,10 @@ def run(
     quiet: bool = False,
 ) -> Summary:
     """Trains until `config.steps`, then evaluates and writes the summary.
+
+    If several processes train together (`mesh.join`), all of them call this, with a folder that all
+    of them see. All evaluate, each for itself and with the same result; the first one prints and
+    writes.
 
     Args:
       config: the run.
@@ -71,8 +75,10 @@ def run(
         f"(log_every, in whole iterations of {config.envs} environments). Raise --steps or lower "
         "--log-every.",
     )
-    console = Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
+    first = jax.process_index() == 0
+    console = Console(quiet=quiet or not first, highlight=False, markup=False, soft_wrap=True)
     console.print(_headline(config, program, folder))
+    mesh.wait("checked")  # before the first process writes into the folder
 
     try:
         params, step, updates, compile_seconds = _train(
@@ -86,10 +92,12 @@ def run(
     lines = evaluation_lines(returns, config.seed) if returns.size else []
     for line in lines:
         console.print(line)
-    seconds = read_metrics(folder)[-1]["time"]
+    seconds = read_metrics(folder)[-1]["time"] if first else math.nan
     summary = Summary(folder, step, updates, returns, seconds, compile_seconds)
+    if not first:
+        return summary
     pictures = draw(folder, program.agent, env, members[0], config)
-    write_summary(config, summary, lines, pictures, program.replay.nbytes)
+    write_summary(config, summary, lines, pictures, program.replay.nbytes * config.shards)
     console.print(f"The summary is in {folder / SUMMARY}.")
     return summary
 
@@ -115,17 +123,19 @@ def _train(
     _check_rows(program, state, "at the start")
     step, updates = _counts(state, config)
     console.print(f"Compiled in {compile_seconds:.1f} s.")
-    folder.mkdir(parents=True, exist_ok=True)
-    configs.write(config, folder / checkpoint.CONFIG)
-    write_versions(folder)
+    logs: Any = contextlib.nullcontext()
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        configs.write(config, folder / checkpoint.CONFIG)
+        write_versions(folder)
+        resume_step = step if resume else None
+        logs = Logger(folder, config.steps, config.seeds, tensorboard, console, resume_step)
 
-    resume_step = step if resume else None
-    logs = Logger(folder, config.steps, config.seeds, tensorboard, console, resume_step)
     with _memory_in_words(), logs as logger, checkpoint.manager(folder) as saver:
         while step < config.steps:
             before = step, updates
             state, metrics = chunk(state)
-            metrics = jax.device_get(metrics)
+            metrics = mesh.fetch(metrics)
             step, updates = _counts(state, config)
             if isinstance(program.env, HostEnv) and program.fault(state):
                 # Faulty rows never entered this state, so it is worth keeping.
@@ -136,12 +146,14 @@ def _train(
             metrics["replay/size"] = min(step, capacity * config.envs)
             metrics["memory/process"] = resident_bytes()
             # Metrics first: resuming drops the lines after the checkpoint, and adds none twice.
-            logger.write(step, updates, metrics)
+            if logger is not None:
+                logger.write(step, updates, metrics)
             if step >= config.steps or step // config.save_every > before[0] // config.save_every:
                 checkpoint.save(saver, step, state, config)
 
     # The rest of the state goes: the replay's memory serves the evaluation.
-    return state.agent.params, step, updates, compile_seconds
+    params = state.agent.params if program.layout.single else mesh.fetch(state.agent.params)
+    return params, step, updates, compile_seconds
 
 
 def resume(folder: Path, steps: int | None = None, **options: Any) -> Summary:
@@ -298,15 +310,19 @@ def _counts(state: train.TrainState, config: RunConfig) -> tuple[int, int]:
 
 def _headline(config: RunConfig, program: train.Program, folder: Path) -> str:
     """Where the run goes and what it will take, before anything is allocated."""
-    device = jax.devices()[0]
+    device, layout = jax.devices()[0], program.layout
     params = program.shapes().agent.params
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    replay = program.replay.nbytes * config.seeds
+    replay = program.replay.nbytes * config.seeds * config.shards
     seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
+    shards = f", {config.shards} shards" if config.shards > 1 else ""
+    used, there = layout.mesh.size, jax.device_count()
+    many = f"{used} of {there} x " if used < there else f"{used} x " if used > 1 else ""
+    each = f" ({replay // used:,} in that of each)" if used > 1 else ""
     return (
-        f"{config.recipe} {config.size} in {config.env}{seeds} on {device.device_kind} "
-        f"({device.platform}): {count:,} parameters, a replay of {replay:,} bytes in the memory of "
-        f"the {config.replay.place}; the run goes to {folder}"
+        f"{config.recipe} {config.size} in {config.env}{seeds}{shards} on {many}"
+        f"{device.device_kind} ({device.platform}): {count:,} parameters, a replay of {replay:,} "
+        f"bytes in the memory of the {config.replay.place}{each}; the run goes to {folder}"
     )
 
 

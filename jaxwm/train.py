@@ -8,22 +8,23 @@ step, and as many updates follow as the train ratio has earned. Both drivers do 
 - on the host (`train_host`), simulators step in worker processes while the device learns.
 
 `jax.vmap` over the state adds seeds; counters and replay cursor are the same for all seeds and
-stay unmapped, so that slice updates and loops keep their form.
+stay unmapped, so that slice updates and loops keep their form. `mesh` adds shards and devices.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import envs
+from jaxwm import envs, mesh
 from jaxwm.agent import Agent, AgentState, make_agent
 from jaxwm.config import require
 from jaxwm.envs import check, wrappers
 from jaxwm.envs.host import limit_and_repeat
+from jaxwm.mesh import P
 from jaxwm.recipes import RunConfig
 from jaxwm.replay import Buffer, Cursor, Replay, check_fits, replay
 from jaxwm.types import (
@@ -76,8 +77,8 @@ class Program(NamedTuple):
 
     Attributes:
       env: the environment: batched on the device, or on the host.
-      agent: the agent.
-      replay: the replay.
+      agent: the agent, as it acts outside of the program.
+      replay: the replay, of one shard.
       shapes: `() -> TrainState` of shapes, and of numpy arrays for what lies in the host's memory;
         nothing is allocated or opened.
       init: `() -> TrainState`; the key of the run's seed is an argument of the compiled code.
@@ -89,6 +90,7 @@ class Program(NamedTuple):
       close: lets go of simulators.
       iterations: iterations per chunk.
       seeds: number of seeds; with more than one every leaf but the clock leads with them.
+      layout: which devices hold what; with more than one shard, what is in `LEADS` leads with them.
     """
 
     env: Env | HostEnv
@@ -103,6 +105,7 @@ class Program(NamedTuple):
     close: Callable[[], None]
     iterations: int
     seeds: int
+    layout: mesh.Layout
 
 
 def make_env(config: RunConfig) -> Env | HostEnv:
@@ -124,7 +127,10 @@ def make_env(config: RunConfig) -> Env | HostEnv:
 
 
 def build(
-    config: RunConfig, iterations: int | None = None, single: Env | HostEnv | None = None
+    config: RunConfig,
+    iterations: int | None = None,
+    single: Env | HostEnv | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Program:
     """The program of a run; nothing is allocated, opened or compiled before it is called.
 
@@ -132,10 +138,12 @@ def build(
       config: the run.
       iterations: iterations per chunk; by default what `log_every` asks for.
       single: the single environment, if it is not the one that `config.env` names.
+      devices: the devices to run on, as many of them as shards and seeds can be divided among; by
+        default all. Simulators on the host use the first one.
 
     Raises:
       JaxwmError: if the agent cannot take the environment's spaces, or the replay cannot lie
-        where it should.
+        where it should, or simulators on the host should be divided into shards.
     """
     env = single or make_env(config)
     require(
@@ -144,16 +152,25 @@ def build(
         "device, in one program with its replay. Leave --replay.place at device, and lower "
         "--replay.capacity if the device has too little memory.",
     )
+    if isinstance(env, HostEnv):
+        require(
+            config.shards == 1 and jax.process_count() == 1,
+            f"{env.name} runs on the host. Only what runs on the device can be divided into shards "
+            "or among processes: set --shards to 1, and train in one process.",
+        )
+        devices = jax.devices()[:1]
+    layout, part = mesh.layout(config, devices), mesh.part(config)
     agent = make_agent(config.agent, env.obs_space, env.action_space)
-    row = jax.eval_shape(lambda: empty_row(env, config.envs))
-    memory = replay(config.replay, row, jax.eval_shape(lambda: agent.initial(config.envs)))
-    check_fits(memory.nbytes * config.seeds, place=config.replay.place)
+    row = jax.eval_shape(lambda: empty_row(env, part.envs))
+    memory = replay(part.replay, row, jax.eval_shape(lambda: agent.initial(part.envs)))
+    here = memory.nbytes * layout.seeds_here * layout.shards_here
+    check_fits(here, place=config.replay.place)
     count = iterations or max(1, config.log_every // config.envs)
     if isinstance(env, HostEnv):
         from jaxwm.train_host import on_host  # it builds on this file
 
-        return on_host(config, env, agent, memory, count)
-    return _on_device(config, env, agent, memory, count)
+        return on_host(config, env, agent, memory, count, layout)
+    return _on_device(part, env, agent, memory, count, layout)
 
 
 def empty_row(env: Env | HostEnv, count: int) -> Step:
@@ -203,34 +220,71 @@ def keys_of(config: RunConfig) -> Any:
 # Which parts of a state lead with the seeds.
 AXES: Any = TrainState._make(None if name == "clock" else 0 for name in TrainState._fields)
 
+# The axes that each part of a state leads with: experience differs from shard to shard.
+_OWN = ("env", "row", "carry", "buffer", "episodes")
+LEADS: Any = TrainState._make(
+    P() if name == "clock" else P(mesh.SHARDS, mesh.SEEDS) if name in _OWN else P(mesh.SEEDS)
+    for name in TrainState._fields
+)
 
-def _on_device(config: RunConfig, single: Env, agent: Agent, memory: Replay, count: int) -> Program:
-    """The driver that keeps everything on the device: a chunk is one compiled program."""
+
+def _on_device(
+    config: RunConfig,
+    single: Env,
+    agent: Agent,
+    memory: Replay,
+    count: int,
+    layout: mesh.Layout,
+) -> Program:
+    """The driver that keeps everything on the device: a chunk is one compiled program.
+
+    Args:
+      config: the run, of one shard.
+      single: the single environment.
+      agent: the agent, which knows of no shards.
+      memory: the replay of one shard.
+      count: iterations per chunk.
+      layout: where shards and seeds lie.
+    """
     env = wrappers.guard(wrappers.batch(single, config.envs))
+    learner, shards = agent, mesh.shards_of(layout)
+    if layout.shards > 1:
+        learner = make_agent(config.agent, env.obs_space, env.action_space, shards)
 
     def reset(key: Key) -> tuple[Any, Step]:
-        state, row = env.reset(key)
+        state, row = env.reset(shards.own(key))
         return state, row._replace(action=zeros(env.action_space, (config.envs,)))
 
-    iterate = _iteration(config, env, agent, memory)
+    iterate = _iteration(config, env, learner, memory)
 
     def chunk(state: TrainState) -> tuple[TrainState, Metrics]:
         episodes = state.episodes._replace(**dict(zip(SUMS, _zeros(3), strict=True)))
-        sums = no_sums(state, agent, memory)
+        sums = no_sums(state, learner, memory)
         before = state.clock.updates
-        carry = (state._replace(episodes=episodes), sums)
-        (state, sums), _ = jax.lax.scan(lambda c, _: (iterate(*c), None), carry, None, count)
-        return state, metrics_of(sums, state.clock.updates - before, state.episodes)
+        own = state._replace(key=shards.own(state.key), episodes=episodes)
+        (after, sums), _ = jax.lax.scan(lambda c, _: (iterate(*c), None), (own, sums), None, count)
+        ended = shards.total({name: getattr(after.episodes, name) for name in SUMS})
+        metrics = metrics_of(sums, after.clock.updates - before, after.episodes._replace(**ended))
+        return after._replace(key=state.key), metrics
 
     def fault(state: TrainState) -> str | None:
-        return _seed_fault(env, state.env.fault, config.seeds)
+        found = mesh.fetch(state.env.fault)
+        if layout.shards > 1:
+            found = wrappers.first_fault(found, config.envs)
+        return _seed_fault(env, found, config.seeds)
 
-    init = beginning(config, agent, memory, reset)
+    init = beginning(config, learner, memory, reset)
     if config.seeds > 1:
         init = jax.vmap(init, out_axes=AXES)
         chunk = jax.vmap(chunk, in_axes=(AXES,), out_axes=(AXES, 0))
-    start, go = functools.partial(jax.jit(init), keys_of(config)), jax.jit(chunk, donate_argnums=0)
-    shapes = functools.partial(jax.eval_shape, start)
+    init = mesh.spread(init, layout, (P(mesh.SEEDS),), LEADS)
+    chunk = mesh.spread(chunk, layout, (LEADS,), (LEADS, P(mesh.SEEDS)))
+    keys = mesh.put(keys_of(config), layout, P(mesh.SEEDS))
+    start, go = functools.partial(jax.jit(init), keys), jax.jit(chunk, donate_argnums=0)
+
+    def shapes() -> TrainState:
+        return mesh.placed(jax.eval_shape(start), layout, LEADS)
+
     return Program(
         env=env,
         agent=agent,
@@ -244,6 +298,7 @@ def _on_device(config: RunConfig, single: Env, agent: Agent, memory: Replay, cou
         close=lambda: None,
         iterations=count,
         seeds=config.seeds,
+        layout=layout,
     )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from jaxwm import replay_host, train
 from jaxwm.agent import Agent, AgentState
 from jaxwm.envs.host import Pool, TooManyFaults
+from jaxwm.mesh import Layout
 from jaxwm.recipes import RunConfig
 from jaxwm.replay import Buffer, Cursor, Packed, Replay, close_abandoned, pack, unpack
 from jaxwm.types import Action, Array, HostEnv, Key, Latent, Metrics, Params, Step
@@ -33,7 +34,12 @@ class HostState(NamedTuple):
 
 
 def on_host(
-    config: RunConfig, env: HostEnv, agent: Agent, memory: Replay, count: int
+    config: RunConfig,
+    env: HostEnv,
+    agent: Agent,
+    memory: Replay,
+    count: int,
+    layout: Layout,
 ) -> train.Program:
     """The program of a run with simulators on the host.
 
@@ -43,6 +49,7 @@ def on_host(
       agent: the agent.
       memory: the replay, wherever it lies.
       count: iterations per chunk.
+      layout: the one device that learns.
     """
     many = config.seeds > 1
     earned, price = config.replay.updates_per_iteration(config.envs).as_integer_ratio()
@@ -182,6 +189,7 @@ def on_host(
         close=close,
         iterations=count,
         seeds=config.seeds,
+        layout=layout,
     )
 
 

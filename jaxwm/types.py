@@ -166,7 +166,32 @@ class Behavior(NamedTuple):
     loss: Callable[..., Any]
 
 
+def _same(tree: Any) -> Any:
+    return tree
+
+
+class Shards(NamedTuple):
+    """How the shards of a training meet: each acts and samples by itself, all learn the same.
+
+    The defaults are those of a training that is not divided.
+
+    Attributes:
+      own: `key -> key`, a shard's own.
+      mean: `tree -> tree`, the means over all shards, in one reduction.
+      total: `tree -> tree`, the sums over all shards.
+      every: `array -> array`, those of all shards, with further leading axes.
+    """
+
+    own: Callable[[Key], Key] = _same
+    mean: Callable[[Any], Any] = _same
+    total: Callable[[Any], Any] = _same
+    every: Callable[[Array], Array] = _same
+
+
+ALONE = Shards()
+
 __all__ = [
+    "ALONE",
     "Action",
     "ActionSpace",
     "Array",
@@ -185,6 +210,7 @@ __all__ = [
     "ObsSpace",
     "Params",
     "PyTree",
+    "Shards",
     "Simulator",
     "Space",
     "Step",

@@ -1,0 +1,217 @@
+"""Many devices: which holds what of a run, and what they tell each other.
+
+Environments, replay and batch of a seed are divided into shards. A shard is the training of one
+device in small: its environments fill its replay, from which it samples its part of every batch.
+Experience never leaves it. What shards share is told by `Shards`: the gradient with the metrics of
+an update (one all-reduce of as many bytes), the returns of the dreams, of which the percentiles are
+taken (`imagine * batch_length * batch_size` float32 numbers, 60 KiB by default), and once in a
+chunk the sums over ended episodes.
+
+The devices form a mesh with the axes "seeds" and "data". Each device holds some of the seeds, and
+some of the shards of those. A device's seeds and shards are mapped by `jax.vmap`, the devices by
+`jax.shard_map`; so shards meet over two axes, "shards" within a device and "data" across them. How
+many devices there are decides nothing but where things lie: the numbers are the same to rounding.
+
+Which axes an array leads with is said by a `PartitionSpec` of "shards" and "seeds", of which a
+layout drops what it has but one of.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxwm.config import require
+from jaxwm.recipes import RunConfig
+from jaxwm.types import ALONE, JaxwmError, Key, Shards
+
+P = PartitionSpec
+SEEDS, DATA, SHARDS = "seeds", "data", "shards"
+
+
+class Layout(NamedTuple):
+    """How a run lies on devices.
+
+    Attributes:
+      mesh: the devices in use, with the axes "seeds" and "data".
+      seeds: seeds in all.
+      shards: shards of each seed.
+    """
+
+    mesh: Mesh
+    seeds: int
+    shards: int
+
+    @property
+    def single(self) -> bool:
+        """Whether there is nothing to divide: one device, and one shard of each seed."""
+        return self.mesh.size == 1 and self.shards == 1
+
+    @property
+    def seeds_here(self) -> int:
+        """Seeds on each device."""
+        return self.seeds // self.mesh.shape[SEEDS]
+
+    @property
+    def shards_here(self) -> int:
+        """Shards on each device, of each of its seeds."""
+        return self.shards // self.mesh.shape[DATA]
+
+
+def layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layout:
+    """The layout of a run on as many devices as shards and seeds can be divided among.
+
+    Args:
+      config: the run.
+      devices: what there is; by default all devices of all processes.
+
+    Raises:
+      JaxwmError: if a process would have nothing to do.
+    """
+    devices = jax.devices() if devices is None else devices
+    data = math.gcd(len(devices), config.shards)
+    seeds = math.gcd(len(devices) // data, config.seeds)
+    used = devices[: seeds * data]
+    busy, there = len({device.process_index for device in used}), jax.process_count()
+    require(
+        busy == there,
+        f"{there} processes have {len(devices)} devices, and {config.shards} shards of "
+        f"{config.seeds} seeds can use {len(used)} of them, those of {busy}. Give --shards or "
+        "--seeds that the number of devices divides.",
+    )
+    grid = np.array(used).reshape(seeds, data)
+    return Layout(Mesh(grid, (SEEDS, DATA)), config.seeds, config.shards)
+
+
+def part(config: RunConfig) -> RunConfig:
+    """The configuration of a single shard: its environments, its replay, its part of the batch."""
+    count = config.shards
+    memory = dataclasses.replace(
+        config.replay,
+        capacity=config.replay.capacity // count,
+        batch_size=config.replay.batch_size // count,
+    )
+    return dataclasses.replace(config, shards=1, envs=config.envs // count, replay=memory)
+
+
+def shards_of(layout: Layout) -> Shards:
+    """How the shards of a layout meet, for functions that `spread` maps."""
+    if layout.shards == 1:
+        return ALONE
+    across = (SHARDS, DATA)
+
+    def own(key: Key) -> Key:
+        number = jax.lax.axis_index(DATA) * layout.shards_here + jax.lax.axis_index(SHARDS)
+        return jax.random.fold_in(key, number)
+
+    return Shards(
+        own=own,
+        mean=lambda tree: jax.lax.pmean(tree, across),
+        total=lambda tree: jax.lax.psum(tree, across),
+        every=lambda x: jax.lax.all_gather(jax.lax.all_gather(x, SHARDS), DATA),
+    )
+
+
+def spread(
+    function: Callable[..., Any], layout: Layout, takes: tuple[Any, ...], gives: Any
+) -> Callable[..., Any]:
+    """A function of one shard of some seeds, as one of all shards of all seeds.
+
+    Args:
+      function: it sees one shard, and the seeds of one device; `shards_of` lets it meet others.
+      layout: where shards and seeds lie.
+      takes: for each argument, the axes it leads with; a prefix of its tree.
+      gives: the same for the result. Without "shards" it must be the same for all of them.
+    """
+    if layout.single:
+        return function
+    if layout.shards > 1:
+        mapped = jax.tree.map(lambda spec: 0 if SHARDS in spec else None, (takes, gives))
+        function = jax.vmap(function, *mapped, axis_name=SHARDS, axis_size=layout.shards_here)
+    ins, outs = jax.tree.map(lambda spec: _on_mesh(spec, layout), (takes, gives))
+    # What leads with no axis is the same on all devices by construction, which is not inferred.
+    return jax.shard_map(function, mesh=layout.mesh, in_specs=ins, out_specs=outs, check_vma=False)
+
+
+def placed(like: Any, layout: Layout, leads: Any) -> Any:
+    """Shapes that say where their arrays lie.
+
+    Args:
+      like: a tree of shapes.
+      layout: where shards and seeds lie.
+      leads: the axes they lead with, a prefix of the tree.
+    """
+    if layout.single:
+        return like
+
+    def place(spec: PartitionSpec, tree: Any) -> Any:
+        sharding = NamedSharding(layout.mesh, _on_mesh(spec, layout))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    return jax.tree.map(place, leads, like)
+
+
+def _on_mesh(spec: PartitionSpec, layout: Layout) -> PartitionSpec:
+    """The axes of the mesh along which an array is divided, given what it leads with."""
+    absent = {SHARDS} if layout.shards == 1 else set()
+    absent |= {SEEDS} if layout.seeds == 1 else set()
+    return P(*(DATA if axis == SHARDS else axis for axis in spec if axis not in absent))
+
+
+def put(keys: Any, layout: Layout, leads: PartitionSpec) -> Any:
+    """Keys on the devices of a layout; all processes have the same."""
+    if layout.single:
+        return keys
+    sharding = NamedSharding(layout.mesh, _on_mesh(leads, layout))
+    raw = jax.device_put(np.asarray(jax.random.key_data(keys)), sharding)
+    return jax.random.wrap_key_data(raw)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays from wherever they lie to numpy, whole; all processes must ask for the same."""
+
+    def whole(x: Any) -> Any:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return jax.device_get(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+def wait(name: str) -> None:
+    """Waits until all processes have come to the point `name`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def join(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Makes this process one of several that train together; call it before jax is used.
+
+    SLURM, Open MPI, Kubernetes and Cloud TPU say by themselves who takes part; elsewhere every
+    process must be told.
+
+    Args:
+      coordinator: "HOST:PORT" of process 0, where all others can reach it.
+      processes: how many there are.
+      process: the number of this one, from 0.
+
+    Raises:
+      JaxwmError: if nothing says who takes part, or the others cannot be reached.
+    """
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (ValueError, RuntimeError) as error:
+        raise JaxwmError(
+            f"This process cannot join others ({str(error).splitlines()[0]}). Outside of SLURM, "
+            "Open MPI, Kubernetes and Cloud TPU give each process --coordinator HOST:PORT, "
+            "--processes COUNT and --process NUMBER (from 0)."
+        ) from error

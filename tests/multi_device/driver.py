@@ -1,0 +1,171 @@
+"""Trains one tiny run in many ways and prints what came of it as JSON; a process of its own.
+
+    python driver.py counts FOLDER         on 1, 2, 4 and 8 devices, with checkpoints in FOLDER
+    python driver.py seeds                 seeds over devices, and without
+    python driver.py process N ADDRESS     as process N of two, with four devices each
+
+jax reads XLA_FLAGS, with the number of fake devices, when it starts: too late in the process of
+the tests, which starts this one with it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxwm import checkpoint, mesh, train
+from jaxwm.recipes import RunConfig, dreamer_v3
+from jaxwm.replay import ReplayConfig
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+COUNTS = (1, 2, 4, 8)
+ENVS, BATCH, LENGTH = 8, 8, 4
+# 8 rows of each environment before the first update, then an update per iteration: 101 in all.
+ITERATIONS, CHUNKS = 27, 4
+
+
+def config(**changes: Any) -> RunConfig:
+    """The run: 100 updates in 4 chunks, of 8 shards."""
+    agent = dreamer_v3.agent("debug")
+    # A short warmup, so that the updates move the parameters visibly.
+    agent = dataclasses.replace(agent, optim=dataclasses.replace(agent.optim, warmup_steps=20))
+    memory = ReplayConfig(capacity=8 * 40, batch_size=BATCH, batch_length=LENGTH)
+    memory = dataclasses.replace(memory, train_ratio=BATCH * LENGTH / ENVS)
+    plain = RunConfig("toy/Memory", size="debug", agent=agent, envs=ENVS, shards=8, replay=memory)
+    return dataclasses.replace(plain, **changes)
+
+
+def trained(program: train.Program, chunk: Any) -> tuple[train.TrainState, list[Any]]:
+    """The state after 100 updates, and the metrics of every chunk."""
+    state, told = program.init(), []
+    for _ in range(CHUNKS):
+        state, metrics = chunk(state)
+        told.append(mesh.fetch(metrics))
+    return state, told
+
+
+def numbers(state: train.TrainState) -> train.TrainState:
+    """The state in numpy, keys as their numbers."""
+
+    def raw(x: Any) -> Any:
+        return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    return mesh.fetch(jax.tree.map(raw, state))
+
+
+def digest(tree: Any) -> str:
+    """A hash of every bit of a tree."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        found.update(f"{leaf.dtype}{leaf.shape}".encode() + np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+def apart(one: Any, other: Any) -> float:
+    """The largest difference between two trees."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return max(float(np.abs(x - y).max()) for x, y in pairs)
+
+
+def traffic(text: str) -> list[dict[str, Any]]:
+    """Kind, bytes and depth of loops of the collective operations in a compiled program."""
+    sizes = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "s8": 1, "u8": 1, "pred": 1}
+    pattern = r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(-start)?\("
+    found = []
+    for line in text.splitlines():
+        if match := re.search(pattern, line):
+            parts = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            shapes = [(kind, [int(n) for n in shape.split(",") if n]) for kind, shape in parts]
+            nbytes = sum(sizes[kind] * math.prod(shape) for kind, shape in shapes)
+            depth = re.findall(r'op_name="([^"]*)"', line)[0].count("while/body")
+            found.append({"kind": match[2], "bytes": nbytes, "depth": depth})
+    return found
+
+
+def counts(folder: Path) -> dict[str, Any]:
+    """100 updates on every number of devices; every checkpoint restored on every number."""
+    run = config()
+    programs = {n: train.build(run, ITERATIONS, devices=jax.devices()[:n]) for n in COUNTS}
+    chunks = {n: program.compile() for n, program in programs.items()}
+    found: dict[str, Any] = {"training": {}, "restored": {}}
+    kept, last = {}, {}
+    for n in COUNTS:
+        state, told = trained(programs[n], chunks[n])
+        with checkpoint.manager(folder / str(n)) as saver:
+            checkpoint.save(saver, 1, state, run)
+        kept[n], last[n] = numbers(state), told[-1]
+        found["training"][n] = {
+            "devices": len(jax.tree.leaves(state.agent)[0].sharding.device_set),
+            "updates": int(state.clock.updates),
+            "learned": apart(kept[n].agent, kept[1].agent),
+            "told": apart(last[n], last[1]),
+            "loss": float(told[-1]["loss/total"]),
+            "traffic": traffic(chunks[n].as_text()),
+        }
+    found["moved"] = apart(numbers(programs[1].init()).agent.params, kept[1].agent.params)
+    found["parameters"] = sum(x.size for x in jax.tree.leaves(kept[1].agent.params))
+    # The norm of the gradient is that of the mean, and episodes are counted once in a chunk.
+    found["metrics"] = [x for x in last[1] if x != "grad_norm" and not x.startswith("episode/")]
+    found["returns"] = run.agent.behavior.imagine * LENGTH * BATCH
+    for there in COUNTS:
+        after = {}
+        for here in COUNTS:
+            state = checkpoint.restore(folder / str(there), programs[here].shapes(), run)
+            same = digest(numbers(state)) == digest(kept[there])
+            after[here] = numbers(chunks[here](state)[0])
+            found["restored"][f"{there} to {here}"] = {
+                "same": same,
+                "updates": int(after[here].clock.updates),
+                "learned": apart(after[here].agent, after[COUNTS[0]].agent),
+            }
+    return found
+
+
+def seeds() -> dict[str, Any]:
+    """Two seeds of four shards on eight devices, and of one shard on two; and on one device."""
+    found = {}
+    for shards, devices in ((4, 8), (1, 2)):
+        run = config(seeds=2, shards=shards)
+        ends = []
+        for count in (devices, 1):
+            program = train.build(run, ITERATIONS, devices=jax.devices()[:count])
+            state, told = trained(program, program.compile())
+            ends.append((numbers(state).agent, told[-1]))
+        found[f"{shards} shards"] = {
+            "mesh": dict(program.layout.mesh.shape),
+            "apart": apart(*ends),
+        }
+    return found
+
+
+def process(number: int, address: str) -> dict[str, Any]:
+    """100 updates, each process with half of the devices."""
+    mesh.join(address, 2, number)
+    program = train.build(config(), ITERATIONS)
+    state, told = trained(program, program.compile())
+    return {
+        "devices": jax.device_count(),
+        "here": jax.local_device_count(),
+        "loss": float(told[-1]["loss/total"]),
+        "hash": digest(mesh.fetch(state.agent)),
+    }
+
+
+if __name__ == "__main__":
+    command, *words = sys.argv[1:]
+    if command == "counts":
+        result = counts(Path(words[0]))
+    elif command == "seeds":
+        result = seeds()
+    else:
+        result = process(int(words[0]), words[1])
+    print(json.dumps(result))
