@@ -23,7 +23,7 @@ from jaxwm.types import JaxwmError, Params
 CONFIG = "config.json"
 KEPT = 2
 # These may change from one part of a run to the next.
-FREE = ("steps", "eval_episodes", "log_every", "save_every", "host")
+FREE = ("steps", "eval_episodes", "log_every", "save_every", "host", "shard_params")
 _FOLDER = "checkpoints"
 _PARTS = ("params", "rest", "manifest")
 

@@ -26,6 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxwm.agent import AgentState
 from jaxwm.config import require
 from jaxwm.recipes import RunConfig
 from jaxwm.types import ALONE, JaxwmError, Key, Shards
@@ -99,8 +100,13 @@ def part(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, shards=1, envs=config.envs // count, replay=memory)
 
 
-def shards_of(layout: Layout) -> Shards:
-    """How the shards of a layout meet, for functions that `spread` maps."""
+def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
+    """How the shards of a layout meet, for functions that `spread` maps.
+
+    Args:
+      layout: where shards and seeds lie.
+      whole: shapes of what one seed learns, if devices hold but parts of it.
+    """
     if layout.shards == 1:
         return ALONE
     across = (SHARDS, DATA)
@@ -109,12 +115,74 @@ def shards_of(layout: Layout) -> Shards:
         number = jax.lax.axis_index(DATA) * layout.shards_here + jax.lax.axis_index(SHARDS)
         return jax.random.fold_in(key, number)
 
-    return Shards(
+    shards = Shards(
         own=own,
         mean=lambda tree: jax.lax.pmean(tree, across),
         total=lambda tree: jax.lax.psum(tree, across),
         every=lambda x: jax.lax.all_gather(jax.lax.all_gather(x, SHARDS), DATA),
     )
+    if whole is None:
+        return shards
+    count = layout.mesh.shape[DATA]
+
+    def part(x: Any) -> Any:
+        axis = _cut(x.shape, count)
+        if axis is None:
+            return x
+        size = x.shape[axis] // count
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(DATA) * size, size, axis)
+
+    def join(x: Any, like: Any) -> Any:
+        axis = _cut(like.shape, count)
+        return x if axis is None else jax.lax.all_gather(x, DATA, axis=axis, tiled=True)
+
+    def mean(tree: Any) -> Any:
+        leaves, form = jax.tree.flatten(jax.lax.pmean(tree, SHARDS))
+        axes = [_cut(x.shape, count) for x in leaves]
+        full = iter(
+            jax.lax.pmean([x for x, a in zip(leaves, axes, strict=True) if a is None], DATA)
+        )
+        return form.unflatten(
+            next(full)
+            if axis is None
+            else jax.lax.psum_scatter(x, DATA, scatter_dimension=axis, tiled=True) / count
+            for x, axis in zip(leaves, axes, strict=True)
+        )
+
+    def parts(numbers: Any) -> Any:
+        leaves, form = jax.tree.flatten(numbers)
+        cut = [_cut(x.shape, count) is not None for x in jax.tree.leaves(whole.params)]
+        sums = iter(jax.lax.psum([x for x, c in zip(leaves, cut, strict=True) if c], DATA))
+        return form.unflatten(next(sums) if c else x for x, c in zip(leaves, cut, strict=True))
+
+    return shards._replace(
+        mean=mean,
+        part=lambda state: jax.tree.map(part, state),
+        params=lambda tree: jax.tree.map(join, tree, whole.params),
+        slow=lambda tree: jax.tree.map(join, tree, whole.slow.params),
+        parts=parts,
+    )
+
+
+def learned(layout: Layout, whole: AgentState) -> AgentState:
+    """Which axes each tensor of what the seeds learn leads with, if devices hold parts of it.
+
+    Args:
+      layout: where shards and seeds lie.
+      whole: shapes of what one seed learns.
+    """
+
+    def leads(x: Any) -> PartitionSpec:
+        axis = _cut(x.shape, layout.mesh.shape[DATA])
+        return P(SEEDS) if axis is None else P(SEEDS, *(None,) * axis, DATA)
+
+    return jax.tree.map(leads, whole)
+
+
+def _cut(shape: tuple[int, ...], count: int) -> int | None:
+    """The axis along which so many devices divide a tensor: the longest possible one, if any."""
+    axes = [axis for axis, size in enumerate(shape) if size % count == 0 and size > 0]
+    return max(axes, key=lambda axis: shape[axis], default=None)
 
 
 def spread(

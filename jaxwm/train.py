@@ -247,7 +247,13 @@ def _on_device(
       layout: where shards and seeds lie.
     """
     env = wrappers.guard(wrappers.batch(single, config.envs))
-    learner, shards = agent, mesh.shards_of(layout)
+    learner, shards, leads = agent, mesh.shards_of(layout), LEADS
+    if config.shard_params:
+        whole = jax.eval_shape(agent.init, jax.random.key(0))
+        shards, leads = (
+            mesh.shards_of(layout, whole),
+            LEADS._replace(agent=mesh.learned(layout, whole)),
+        )
     if layout.shards > 1:
         learner = make_agent(config.agent, env.obs_space, env.action_space, shards)
 
@@ -277,13 +283,13 @@ def _on_device(
     if config.seeds > 1:
         init = jax.vmap(init, out_axes=AXES)
         chunk = jax.vmap(chunk, in_axes=(AXES,), out_axes=(AXES, 0))
-    init = mesh.spread(init, layout, (P(mesh.SEEDS),), LEADS)
-    chunk = mesh.spread(chunk, layout, (LEADS,), (LEADS, P(mesh.SEEDS)))
+    init = mesh.spread(init, layout, (P(mesh.SEEDS),), leads)
+    chunk = mesh.spread(chunk, layout, (leads,), (leads, P(mesh.SEEDS)))
     keys = mesh.put(keys_of(config), layout, P(mesh.SEEDS))
     start, go = functools.partial(jax.jit(init), keys), jax.jit(chunk, donate_argnums=0)
 
     def shapes() -> TrainState:
-        return mesh.placed(jax.eval_shape(start), layout, LEADS)
+        return mesh.placed(jax.eval_shape(start), layout, leads)
 
     return Program(
         env=env,

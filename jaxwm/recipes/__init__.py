@@ -24,6 +24,8 @@ class RunConfig:
       envs: environments per seed.
       shards: parts into which environments, replay and batch of each seed are divided; a device
         holds one or more of them. How many devices there are does not change the run.
+      shard_params: whether each of the devices that divide a seed's shards holds but a part of
+        parameters and optimiser, for sizes that would not fit otherwise.
       action_repeat: times each action is repeated in the environment.
       time_limit: steps after which an episode is cut; 0 leaves it to the environment.
       replay: the replay and the train ratio.
@@ -43,6 +45,7 @@ class RunConfig:
     steps: int = 1_000_000
     envs: int = 16
     shards: int = 1
+    shard_params: bool = False
     action_repeat: int = 1
     time_limit: int = 0
     replay: ReplayConfig = ReplayConfig()
@@ -66,6 +69,11 @@ class RunConfig:
                 f"{name} is {count}, which cannot be divided into {self.shards} equal shards. Make "
                 f"it a multiple of {self.shards}, or give another number of shards.",
             )
+        require(
+            self.shards > 1 or not self.shard_params,
+            "shard_params divides parameters among the devices that hold a seed's shards, and there is "
+            "but one shard. Raise --shards, at best to the number of devices.",
+        )
         self.replay.rows_per_env(self.envs)
 
 

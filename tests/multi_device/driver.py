@@ -116,6 +116,7 @@ def counts(folder: Path) -> dict[str, Any]:
     # The norm of the gradient is that of the mean, and episodes are counted once in a chunk.
     found["metrics"] = [x for x in last[1] if x != "grad_norm" and not x.startswith("episode/")]
     found["returns"] = run.agent.behavior.imagine * LENGTH * BATCH
+    found["parts"] = parts(folder / "8", run, kept[8], last[8])
     for there in COUNTS:
         after = {}
         for here in COUNTS:
@@ -128,6 +129,23 @@ def counts(folder: Path) -> dict[str, Any]:
                 "learned": apart(after[here].agent, after[COUNTS[0]].agent),
             }
     return found
+
+
+def parts(folder: Path, run: RunConfig, kept: train.TrainState, told: Any) -> dict[str, Any]:
+    """The same training with parameters in parts on 8 devices, and its checkpoint in parts."""
+    run = dataclasses.replace(run, shard_params=True)
+    program = train.build(run, ITERATIONS)
+    chunk = program.compile()
+    state, last = trained(program, chunk)
+    held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.agent)]
+    restored = checkpoint.restore(folder, program.shapes(), run)
+    return {
+        "learned": apart(numbers(state).agent, kept.agent),
+        "told": apart(last[-1], told),
+        "held": sum(held) / sum(x.nbytes for x in jax.tree.leaves(state.agent)),
+        "same": digest(numbers(restored)) == digest(kept),
+        "traffic": traffic(chunk.as_text()),
+    }
 
 
 def seeds() -> dict[str, Any]:

@@ -71,6 +71,14 @@ def test_a_checkpoint_is_restored_on_any_number_of_devices(counts, there, here):
     assert found["learned"] < 1e-5
 
 
+def test_parameters_in_parts_learn_the_same(counts):
+    found = counts["parts"]
+    assert found["learned"] < 1e-5 and found["told"] < 1e-5
+    assert found["same"]
+    # Nearly all tensors have an axis that eight devices can divide.
+    assert 1 / 8 <= found["held"] < 1 / 4
+
+
 def test_seeds_lie_on_devices_too():
     found = result(start(8, "seeds"))
     assert found["4 shards"]["mesh"] == {"seeds": 2, "data": 4}
