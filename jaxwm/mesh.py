@@ -42,11 +42,13 @@ class Layout(NamedTuple):
       mesh: the devices in use, with the axes "seeds" and "data".
       seeds: seeds in all.
       shards: shards of each seed.
+      parts: whether devices hold but parts of what they learn.
     """
 
     mesh: Mesh
     seeds: int
     shards: int
+    parts: bool
 
     @property
     def single(self) -> bool:
@@ -86,7 +88,7 @@ def layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layout:
         "--seeds that the number of devices divides.",
     )
     grid = np.array(used).reshape(seeds, data)
-    return Layout(Mesh(grid, (SEEDS, DATA)), config.seeds, config.shards)
+    return Layout(Mesh(grid, (SEEDS, DATA)), config.seeds, config.shards, config.shard_params)
 
 
 def part(config: RunConfig) -> RunConfig:
@@ -97,7 +99,8 @@ def part(config: RunConfig) -> RunConfig:
         capacity=config.replay.capacity // count,
         batch_size=config.replay.batch_size // count,
     )
-    return dataclasses.replace(config, shards=1, envs=config.envs // count, replay=memory)
+    envs = config.envs // count
+    return dataclasses.replace(config, shards=1, shard_params=False, envs=envs, replay=memory)
 
 
 def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
@@ -136,31 +139,21 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
         axis = _cut(like.shape, count)
         return x if axis is None else jax.lax.all_gather(x, DATA, axis=axis, tiled=True)
 
-    def mean(tree: Any) -> Any:
-        leaves, form = jax.tree.flatten(jax.lax.pmean(tree, SHARDS))
-        axes = [_cut(x.shape, count) for x in leaves]
-        full = iter(
-            jax.lax.pmean([x for x, a in zip(leaves, axes, strict=True) if a is None], DATA)
-        )
-        return form.unflatten(
-            next(full)
-            if axis is None
-            else jax.lax.psum_scatter(x, DATA, scatter_dimension=axis, tiled=True) / count
-            for x, axis in zip(leaves, axes, strict=True)
-        )
+    def mean(x: Any) -> Any:
+        x, axis = jax.lax.pmean(x, SHARDS), _cut(x.shape, count)
+        if axis is None:
+            return jax.lax.pmean(x, DATA)
+        return jax.lax.psum_scatter(x, DATA, scatter_dimension=axis, tiled=True) / count
 
-    def parts(numbers: Any) -> Any:
-        leaves, form = jax.tree.flatten(numbers)
-        cut = [_cut(x.shape, count) is not None for x in jax.tree.leaves(whole.params)]
-        sums = iter(jax.lax.psum([x for x, c in zip(leaves, cut, strict=True) if c], DATA))
-        return form.unflatten(next(sums) if c else x for x, c in zip(leaves, cut, strict=True))
+    def total(number: Any, like: Any) -> Any:
+        return number if _cut(like.shape, count) is None else jax.lax.psum(number, DATA)
 
     return shards._replace(
-        mean=mean,
+        mean=lambda tree: jax.tree.map(mean, tree),
         part=lambda state: jax.tree.map(part, state),
         params=lambda tree: jax.tree.map(join, tree, whole.params),
         slow=lambda tree: jax.tree.map(join, tree, whole.slow.params),
-        parts=parts,
+        parts=lambda numbers: jax.tree.map(total, numbers, whole.params),
     )
 
 

@@ -247,13 +247,9 @@ def _on_device(
       layout: where shards and seeds lie.
     """
     env = wrappers.guard(wrappers.batch(single, config.envs))
-    learner, shards, leads = agent, mesh.shards_of(layout), LEADS
-    if config.shard_params:
-        whole = jax.eval_shape(agent.init, jax.random.key(0))
-        shards, leads = (
-            mesh.shards_of(layout, whole),
-            LEADS._replace(agent=mesh.learned(layout, whole)),
-        )
+    whole = jax.eval_shape(agent.init, jax.random.key(0)) if layout.parts else None
+    leads = LEADS if whole is None else LEADS._replace(agent=mesh.learned(layout, whole))
+    learner, shards = agent, mesh.shards_of(layout, whole)
     if layout.shards > 1:
         learner = make_agent(config.agent, env.obs_space, env.action_space, shards)
 

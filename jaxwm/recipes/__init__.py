@@ -71,8 +71,8 @@ class RunConfig:
             )
         require(
             self.shards > 1 or not self.shard_params,
-            "shard_params divides parameters among the devices that hold a seed's shards, but there "
-            "is a single shard. Raise --shards, at best to the number of devices.",
+            "shard_params divides parameters among the devices that hold the shards of a seed, and "
+            "there is one shard. Raise --shards, at best to the number of devices.",
         )
         self.replay.rows_per_env(self.envs)
 
