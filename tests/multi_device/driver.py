@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from jaxwm import checkpoint, mesh, train
+from jaxwm.agent import make_agent
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay import ReplayConfig
 
@@ -44,13 +45,11 @@ def config(**changes: Any) -> RunConfig:
     return dataclasses.replace(plain, **changes)
 
 
-def trained(program: train.Program, chunk: Any) -> tuple[train.TrainState, list[Any]]:
-    """The state after 100 updates, and the metrics of every chunk."""
-    state, told = program.init(), []
+def trained(chunk: Any, state: train.TrainState) -> tuple[train.TrainState, Any]:
+    """The state after 100 updates, and the last metrics."""
     for _ in range(CHUNKS):
         state, metrics = chunk(state)
-        told.append(mesh.fetch(metrics))
-    return state, told
+    return state, mesh.fetch(metrics)
 
 
 def numbers(state: train.TrainState) -> train.TrainState:
@@ -97,26 +96,26 @@ def counts(folder: Path) -> dict[str, Any]:
     programs = {n: train.build(run, ITERATIONS, devices=jax.devices()[:n]) for n in COUNTS}
     chunks = {n: program.compile() for n, program in programs.items()}
     found: dict[str, Any] = {"training": {}, "restored": {}}
-    kept, last = {}, {}
+    begin, kept, last = programs[1].init(), {}, {}
+    found["begun"] = digest(numbers(begin)) == digest(numbers(programs[8].init()))
+    store(folder / "begin", begin, run)
     for n in COUNTS:
-        state, told = trained(programs[n], chunks[n])
-        with checkpoint.manager(folder / str(n)) as saver:
-            checkpoint.save(saver, 1, state, run)
-        kept[n], last[n] = numbers(state), told[-1]
+        state = checkpoint.restore(folder / "begin", programs[n].shapes(), run)
+        state, last[n] = trained(chunks[n], state)
+        store(folder / str(n), state, run)
+        kept[n] = numbers(state)
         found["training"][n] = {
             "devices": len(jax.tree.leaves(state.agent)[0].sharding.device_set),
             "updates": int(state.clock.updates),
             "learned": apart(kept[n].agent, kept[1].agent),
             "told": apart(last[n], last[1]),
-            "loss": float(told[-1]["loss/total"]),
+            "loss": float(last[n]["loss/total"]),
             "traffic": traffic(chunks[n].as_text()),
         }
-    found["moved"] = apart(numbers(programs[1].init()).agent.params, kept[1].agent.params)
+    found["moved"] = apart(numbers(begin).agent.params, kept[1].agent.params)
     found["parameters"] = sum(x.size for x in jax.tree.leaves(kept[1].agent.params))
-    # The norm of the gradient is that of the mean, and episodes are counted once in a chunk.
-    found["metrics"] = [x for x in last[1] if x != "grad_norm" and not x.startswith("episode/")]
+    found["metrics"] = sorted(last[1])
     found["returns"] = run.agent.behavior.imagine * LENGTH * BATCH
-    found["parts"] = parts(folder / "8", run, kept[8], last[8])
     for there in COUNTS:
         after = {}
         for here in COUNTS:
@@ -126,54 +125,73 @@ def counts(folder: Path) -> dict[str, Any]:
             found["restored"][f"{there} to {here}"] = {
                 "same": same,
                 "updates": int(after[here].clock.updates),
-                "learned": apart(after[here].agent, after[COUNTS[0]].agent),
+                "learned": apart(after[here].agent, after[1].agent),
             }
+    found["parts"] = parts(folder, run, kept[8], last[8])
     return found
 
 
+def store(folder: Path, state: train.TrainState, run: RunConfig) -> None:
+    """A checkpoint."""
+    with checkpoint.manager(folder) as saver:
+        checkpoint.save(saver, 1, state, run)
+
+
 def parts(folder: Path, run: RunConfig, kept: train.TrainState, told: Any) -> dict[str, Any]:
-    """The same training with parameters in parts on 8 devices, and its checkpoint in parts."""
+    """The same training with parameters in parts on 8 devices, and a whole checkpoint in parts."""
     run = dataclasses.replace(run, shard_params=True)
     program = train.build(run, ITERATIONS)
-    chunk = program.compile()
-    state, last = trained(program, chunk)
+    chunk, like = program.compile(), program.shapes()
+    state, last = trained(chunk, checkpoint.restore(folder / "begin", like, run))
     held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.agent)]
-    restored = checkpoint.restore(folder, program.shapes(), run)
     return {
         "learned": apart(numbers(state).agent, kept.agent),
-        "told": apart(last[-1], told),
+        "told": apart(last, told),
         "held": sum(held) / sum(x.nbytes for x in jax.tree.leaves(state.agent)),
-        "same": digest(numbers(restored)) == digest(kept),
+        "same": digest(numbers(checkpoint.restore(folder / "8", like, run))) == digest(kept),
         "traffic": traffic(chunk.as_text()),
     }
 
 
 def seeds() -> dict[str, Any]:
-    """Two seeds of four shards on eight devices, and of one shard on two; and on one device."""
-    found = {}
-    for shards, devices in ((4, 8), (1, 2)):
-        run = config(seeds=2, shards=shards)
-        ends = []
-        for count in (devices, 1):
-            program = train.build(run, ITERATIONS, devices=jax.devices()[:count])
-            state, told = trained(program, program.compile())
-            ends.append((numbers(state).agent, told[-1]))
-        found[f"{shards} shards"] = {
-            "mesh": dict(program.layout.mesh.shape),
-            "apart": apart(*ends),
-        }
-    return found
+    """Two seeds of two shards on four devices and on one; two whole seeds without learning."""
+    run, ends, meshes = config(seeds=2, shards=2), [], []
+    for devices in (4, 1):
+        program = train.build(run, ITERATIONS, devices=jax.devices()[:devices])
+        state, told = trained(program.compile(), program.init())
+        ends.append((numbers(state).agent, told))
+        meshes.append(dict(program.layout.mesh.shape))
+    train.make_agent = still
+    run, whole = config(seeds=2, shards=1), []
+    for devices in (2, 1):
+        program = train.build(run, ITERATIONS, devices=jax.devices()[:devices])
+        state, _ = trained(program.compile(), program.init())
+        whole.append(digest(numbers(state)))
+        held = jax.tree.leaves(state.agent)[0].sharding.device_set
+        assert len(held) == devices
+    return {"meshes": meshes, "apart": apart(*ends), "same": whole[0] == whole[1]}
+
+
+def still(*args: Any) -> Any:
+    """An agent that acts but never learns: it compiles in no time."""
+    agent = make_agent(*args)
+
+    def update(state: Any, carry: Any, steps: Any, key: Any) -> Any:
+        latents = jax.tree.map(lambda x: jax.numpy.stack([x] * len(steps.reward)), carry)
+        return state, latents, {"reward": steps.reward.mean()}
+
+    return agent._replace(update=update)
 
 
 def process(number: int, address: str) -> dict[str, Any]:
     """100 updates, each process with half of the devices."""
     mesh.join(address, 2, number)
     program = train.build(config(), ITERATIONS)
-    state, told = trained(program, program.compile())
+    state, told = trained(program.compile(), program.init())
     return {
         "devices": jax.device_count(),
         "here": jax.local_device_count(),
-        "loss": float(told[-1]["loss/total"]),
+        "loss": float(told["loss/total"]),
         "hash": digest(mesh.fetch(state.agent)),
     }
 

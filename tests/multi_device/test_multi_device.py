@@ -15,7 +15,7 @@ COUNTS = ("1", "2", "4", "8")
 
 def start(devices: int, *words: str) -> subprocess.Popen:
     """The driver on so many fake devices."""
-    flags = "--xla_backend_optimization_level=1"
+    flags = "--xla_backend_optimization_level=0"
     flags += f" --xla_force_host_platform_device_count={devices}"
     root = str(DRIVER.parents[2])
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": root}
@@ -41,25 +41,28 @@ def counts(tmp_path_factory):
 def test_a_hundred_updates_are_the_same_on_any_number_of_devices(counts, count):
     found = counts["training"][count]
     assert found["devices"] == int(count) and found["updates"] == 101
-    assert counts["moved"] > 1e-3
+    assert counts["begun"] and counts["moved"] > 1e-3
     # Parameters, optimiser, slow critic and percentiles; then losses and all other metrics.
     assert found["learned"] < 1e-5
     assert found["told"] < 1e-5
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("count", COUNTS[1:])
 def test_an_update_reduces_one_gradient_and_moves_no_experience(counts, count):
     traffic = counts["training"][count]["traffic"]
-    inside = {(x["kind"], x["bytes"]) for x in traffic if x["depth"] == 2}
-    outside = [(x["kind"], x["bytes"]) for x in traffic if x["depth"] != 2]
-    if count == "1":
-        assert not traffic
-        return
-    gradient = 4 * (counts["parameters"] + len(counts["metrics"]))
-    assert inside == {("all-reduce", gradient), ("all-gather", 4 * counts["returns"])}
-    assert len([x for x in traffic if x["depth"] == 2]) == 2
-    # Once in a chunk: ended episodes, their returns and lengths.
-    assert outside == [("all-reduce", 12)]
+    # Episodes are counted once in a chunk. The norm is that of the mean gradient, and the scale of
+    # the returns that of all returns: all shards know both.
+    told = {x for x in counts["metrics"] if not x.startswith("episode/")}
+    reduced = told - {"grad_norm", "dream/return_scale"}
+    update = sorted((x["kind"], x["bytes"]) for x in traffic if x["depth"] == 2)
+    assert update == [
+        ("all-gather", 4 * counts["returns"]),
+        ("all-reduce", 4 * (counts["parameters"] + len(reduced))),
+    ]
+    # Number, returns and lengths of the episodes that ended.
+    assert [x for x in traffic if x["depth"] != 2] == [
+        {"kind": "all-reduce", "bytes": 12, "depth": 0}
+    ]
 
 
 @pytest.mark.parametrize("here", COUNTS)
@@ -81,9 +84,9 @@ def test_parameters_in_parts_learn_the_same(counts):
 
 def test_seeds_lie_on_devices_too():
     found = result(start(8, "seeds"))
-    assert found["4 shards"]["mesh"] == {"seeds": 2, "data": 4}
-    assert found["1 shards"]["mesh"] == {"seeds": 2, "data": 1}
-    assert found["4 shards"]["apart"] < 1e-5 and found["1 shards"]["apart"] < 1e-5
+    assert found["meshes"] == [{"seeds": 2, "data": 2}, {"seeds": 1, "data": 1}]
+    assert found["apart"] < 1e-5
+    assert found["same"]
 
 
 def test_two_processes_train_as_one(counts):
