@@ -16,8 +16,16 @@ from jaxwm.behaviors.actor_critic import ActorCriticConfig, actor_critic
 from jaxwm.config import at_least, share
 from jaxwm.models.world_model import WorldModelConfig, world_model
 from jaxwm.numerics import Scalar
-from jaxwm.optim import OptimConfig, apply_updates, global_norm, laprop, slow_copy
+from jaxwm.optim import (
+    OptimConfig,
+    apply_updates,
+    global_norm,
+    laprop,
+    slow_copy,
+    square_sums,
+)
 from jaxwm.types import (
+    ALONE,
     Action,
     ActionSpace,
     Array,
@@ -27,6 +35,7 @@ from jaxwm.types import (
     Metrics,
     ObsSpace,
     Params,
+    Shards,
     Step,
     WorldModel,
     as_dict,
@@ -139,13 +148,19 @@ def compute_dtype(name: str) -> str:
     return "bfloat16" if native else "float32"
 
 
-def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace) -> Agent:
+def make_agent(
+    config: AgentConfig,
+    obs_space: ObsSpace,
+    action_space: ActionSpace,
+    shards: Shards = ALONE,
+) -> Agent:
     """The agent for one environment's spaces.
 
     Args:
       config: sizes and numbers.
       obs_space: space of each observation key.
       action_space: one space, or a space per key.
+      shards: how the shards of the training meet, if it is divided.
 
     Raises:
       JaxwmError: if the model or the behaviour cannot take the spaces.
@@ -155,18 +170,21 @@ def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpa
     model_config = dataclasses.replace(config.model, dtype=dtype)
     model = world_model(model_config, obs_space, actions)
     feature_size = jax.eval_shape(lambda: model.features(model.initial(1))).shape[-1]
-    behavior = actor_critic(config.behavior, actions, model, feature_size, dtype)
-    optimizer = laprop(**dataclasses.asdict(config.optim))
+    behavior = actor_critic(config.behavior, actions, model, feature_size, dtype, shards.every)
+    squares = lambda tree: shards.parts(square_sums(tree))  # noqa: E731
+    optimizer = laprop(**dataclasses.asdict(config.optim), square_sums=squares)
     slow = slow_copy(config.slow_rate)
 
     def init(key: Key) -> AgentState:
         key_model, key_behavior = jax.random.split(key)
         params = {"model": model.init(key_model), "behavior": behavior.init(key_behavior)}
         slow_value = slow.init({"value": params["behavior"]["value"]})
-        return AgentState(params, slow_value, optimizer.init(params), behavior.initial())
+        state = AgentState(params, slow_value, optimizer.init(params), behavior.initial())
+        return shards.part(state)
 
     def act(params: Params, carry: Latent, row: Step, key: Key) -> tuple[Latent, Action]:
         key_latent, key_action = jax.random.split(key)
+        params = shards.params(params)
         batch = row.is_first.shape
         one = jax.tree.map(lambda x: x[None], row)
         draws = model.noise(key_latent, (1, *batch))
@@ -209,14 +227,17 @@ def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpa
         state: AgentState, carry: Latent, steps: Step, key: Key
     ) -> tuple[AgentState, Latent, Metrics]:
         draws = noise(key, *steps.is_first.shape)
+        params, slow_params = shards.params(state.params), shards.slow(state.slow.params)
         grads, report = jax.grad(loss, has_aux=True)(
-            state.params, state.slow.params, state.behavior, carry, steps, draws
+            params, slow_params, state.behavior, carry, steps, draws
         )
+        # The only reduction of an update: what is read comes along with what is learned from.
+        grads, means = shards.mean((grads, report.metrics))
         updates, opt = optimizer.update(grads, state.opt, state.params)
-        params: Any = apply_updates(state.params, updates)
-        slow_value = slow.update(state.slow, {"value": params["behavior"]["value"]})
-        metrics = report.metrics | {"grad_norm": global_norm(grads)}
-        return AgentState(params, slow_value, opt, report.behavior), report.latents, metrics
+        learned: Any = apply_updates(state.params, updates)
+        slow_value = slow.update(state.slow, {"value": learned["behavior"]["value"]})
+        metrics = means | {"grad_norm": global_norm(grads, squares)}
+        return AgentState(learned, slow_value, opt, report.behavior), report.latents, metrics
 
     # Traced once for a batch's shapes, however often a program asks for it.
     update = jax.jit(update, inline=True)

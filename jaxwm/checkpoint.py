@@ -23,7 +23,7 @@ from jaxwm.types import JaxwmError, Params
 CONFIG = "config.json"
 KEPT = 2
 # These may change from one part of a run to the next.
-FREE = ("steps", "eval_episodes", "log_every", "save_every", "host")
+FREE = ("steps", "eval_episodes", "log_every", "save_every", "host", "shard_params")
 _FOLDER = "checkpoints"
 _PARTS = ("params", "rest", "manifest")
 
@@ -193,12 +193,12 @@ def _raw(leaf: Any) -> Any:
 
 
 def _place(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
-    """Shape, type and device of an array to read; what is numpy is read as numpy."""
+    """Shape, type and devices of an array to read; what is numpy is read as numpy."""
     if isinstance(leaf, np.ndarray):
         return leaf
     raw = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=device)
+    where = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=where)
 
 
 def _join(like: PyTree, found: dict[str, Any]) -> PyTree:
@@ -206,9 +206,11 @@ def _join(like: PyTree, found: dict[str, Any]) -> PyTree:
     leaves, tree = jax.tree.flatten(like)
     full = []
     for number, leaf in enumerate(leaves):
-        value = found.get(str(number))
+        value: Any = found.get(str(number))
         if value is None:
-            xp: Any = np if isinstance(leaf, np.ndarray) else jnp
-            value = xp.zeros(leaf.shape, leaf.dtype)
+            if isinstance(leaf, np.ndarray):
+                value = np.zeros(leaf.shape, leaf.dtype)
+            else:
+                value = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
         full.append(jax.random.wrap_key_data(value) if _is_key(leaf) else value)
     return jax.tree.unflatten(tree, full)

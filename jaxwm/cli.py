@@ -105,6 +105,7 @@ def _train(words: list[str]) -> None:
     parser.add_argument("--variant")
     parser.add_argument("--run", type=Path)
     parser.add_argument("--tensorboard", action="store_true")
+    _add_processes(parser)
     if not words or words[0] in ("-h", "--help"):
         print(_TRAIN_HELP, end="", file=sys.stdout if words else sys.stderr)
         raise SystemExit(0 if words else 2)
@@ -115,6 +116,8 @@ def _train(words: list[str]) -> None:
         raise UsageError(_unknown(recipe, recipes(), "recipe"))
     known, words = parser.parse_known_args(words)
     wants_help = "-h" in words or "--help" in words
+    if not wants_help:
+        _join_processes(known)
     if known.env is None and known.preset is None:
         if not wants_help:
             raise UsageError(
@@ -142,6 +145,8 @@ options:
   --variant NAME    where a paper and its code differ
   --run FOLDER      where the run goes; by default runs/, named after what was given
   --tensorboard     write TensorBoard event files too
+  --distributed     be one of several processes, as SLURM, Cloud TPU, ... tell; or as told by
+                    --coordinator HOST:PORT --processes COUNT --process NUMBER
   --steps, --seed, --seeds, --replay.train-ratio, ...
                     any entry of the configuration: jaxwm train RECIPE --help
 
@@ -156,7 +161,9 @@ def _resume(words: list[str]) -> None:
     parser.add_argument("--steps", type=int, help="environment steps to reach, if not as before")
     parser.add_argument("--tensorboard", action="store_true", help="write event files too")
     parser.add_argument("--env", help=_OWN_HELP)
+    _add_processes(parser)
     known = parser.parse_all(words)
+    _join_processes(known)
     _load_own(known.env)
     from jaxwm.run import resume
 
@@ -176,6 +183,25 @@ def _eval(words: list[str]) -> None:
 
     returns = evaluate_run(known.run, known.episodes, known.seed)
     print("\n".join(evaluation_lines(returns, read_config(known.run))))
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    """The flags for training in several processes."""
+    told = "be one of several processes, as SLURM, Cloud TPU, ... tell"
+    parser.add_argument("--distributed", action="store_true", help=told)
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached")
+    parser.add_argument("--processes", type=int, metavar="COUNT", help="how many there are")
+    parser.add_argument("--process", type=int, metavar="NUMBER", help="which this is, from 0")
+
+
+def _join_processes(known: argparse.Namespace) -> None:
+    """Joins the other processes, if there are any, before jax is used."""
+    explicit = known.coordinator, known.processes, known.process
+    if not known.distributed and explicit == (None, None, None):
+        return
+    from jaxwm.mesh import join
+
+    join(*explicit)
 
 
 _OWN_HELP = "module:function, if the run is in an environment of your own"

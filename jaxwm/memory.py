@@ -21,7 +21,7 @@ _FLAGS = {
 
 
 class Use(NamedTuple):
-    """Bytes of the device's memory, over all members."""
+    """Bytes of the memory of each device, over all its members."""
 
     replay: int
     parameters: int  # the slow critic's too
@@ -88,9 +88,10 @@ def _largest(used: Use) -> list[str]:
 
 
 def _bytes(leaf: Any) -> int:
-    """Bytes of a shape; what is numpy lies in the host's memory."""
+    """Bytes of a shape on one device; what is numpy lies in the host's memory."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return 0
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    return math.prod(shape) * leaf.dtype.itemsize

@@ -53,20 +53,31 @@ class OptimConfig:
             require(0 <= value < 1, f"OptimConfig.{name} is {value}; it must lie in 0 to below 1.")
 
 
-def global_norm(tree: Params) -> Float[Array, ""]:
+def square_sums(tree: Params) -> Params:
+    """The sum of squares over all entries of each tensor, in float32."""
+    return jax.tree.map(lambda x: jnp.sum(jnp.square(x.astype(jnp.float32))), tree)
+
+
+def global_norm(
+    tree: Params, square_sums: Callable[[Params], Params] = square_sums
+) -> Float[Array, ""]:
     """Euclidean norm over all entries of all tensors, in float32.
 
     Args:
       tree: gradients, updates or parameters.
+      square_sums: the sum of squares of each tensor, of which `tree` may hold but a part.
 
     Returns:
       One number; 0 for an empty tree.
     """
-    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, start=jnp.zeros(())))
+    return jnp.sqrt(sum(jax.tree.leaves(square_sums(tree)), start=jnp.zeros(())))
 
 
-def adaptive_grad_clip(clip: Scalar = 0.3, floor: float = 1e-3) -> optax.GradientTransformation:
+def adaptive_grad_clip(
+    clip: Scalar = 0.3,
+    floor: float = 1e-3,
+    square_sums: Callable[[Params], Params] = square_sums,
+) -> optax.GradientTransformation:
     """Shrink each tensor's gradient to at most a share of the tensor's own norm.
 
         g <- g / max(1, |g| / (clip * max(floor, |p|)))
@@ -76,6 +87,7 @@ def adaptive_grad_clip(clip: Scalar = 0.3, floor: float = 1e-3) -> optax.Gradien
     Args:
       clip: largest ratio of gradient to parameter norm.
       floor: smallest parameter norm assumed, so that tensors starting at 0 can move.
+      square_sums: see `global_norm`.
 
     Returns:
       A transformation whose `update` needs `params`.
@@ -83,11 +95,15 @@ def adaptive_grad_clip(clip: Scalar = 0.3, floor: float = 1e-3) -> optax.Gradien
     Source: "Optimizer" in DreamerV3 (arXiv:2301.04104), after arXiv:2102.06171.
     """
 
-    def clipped(g, p):
-        largest = clip * jnp.maximum(floor, global_norm(p))
-        return g / jnp.maximum(1.0, global_norm(g) / largest)
+    def clipped(g, square_g, square_p):
+        largest = clip * jnp.maximum(floor, jnp.sqrt(square_p))
+        return g / jnp.maximum(1.0, jnp.sqrt(square_g) / largest)
 
-    return optax.stateless(lambda updates, params: jax.tree.map(clipped, updates, params))
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(
+            clipped, updates, square_sums(updates), square_sums(params)
+        )
+    )
 
 
 class LaPropState(NamedTuple):
@@ -187,6 +203,7 @@ def laprop(
     beta1: Scalar = OptimConfig.beta1,
     beta2: Scalar = OptimConfig.beta2,
     eps: Scalar = OptimConfig.eps,
+    square_sums: Callable[[Params], Params] = square_sums,
 ) -> optax.GradientTransformation:
     """Adaptive gradient clipping, LaProp, and a learning rate with warmup.
 
@@ -199,6 +216,7 @@ def laprop(
       beta1: see `scale_by_laprop`.
       beta2: see `scale_by_laprop`.
       eps: see `scale_by_laprop`.
+      square_sums: see `global_norm`.
 
     Returns:
       A transformation whose `update` needs `params` and gives what to add to them.
@@ -209,7 +227,7 @@ def laprop(
     if not callable(schedule):
         schedule = warmup(schedule, warmup_steps, anneal_steps)
     return optax.chain(
-        adaptive_grad_clip(agc),
+        adaptive_grad_clip(agc, square_sums=square_sums),
         scale_by_laprop(beta1, beta2, eps),
         optax.scale_by_learning_rate(schedule),
     )

@@ -285,7 +285,7 @@ def check_fits(
     Raises:
       JaxwmError: stating both sizes.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     limit = device_bytes() if place == "device" else _host_bytes()
     if nbytes > 0.9 * limit:
         where = f"the device ({device.device_kind})" if place == "device" else "this host"
@@ -297,7 +297,7 @@ def check_fits(
 
 def device_bytes() -> int:
     """The memory of the device; that of this machine, if the device has none of its own."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit") or _host_bytes()
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or _host_bytes()
 
 
 def _host_bytes() -> int:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxwm import checkpoint, memory, plot, sweep, train
+from jaxwm import checkpoint, memory, mesh, plot, sweep, train
 from jaxwm import config as configs
 from jaxwm.agent import Agent
 from jaxwm.config import require
@@ -42,6 +42,10 @@ def run(
     quiet: bool = False,
 ) -> Summary:
     """Trains until `config.steps`, then evaluates and writes the summary.
+
+    If several processes train together (`mesh.join`), all of them call this, with a folder that all
+    of them see. All evaluate, each for itself and with the same result; the first one prints and
+    writes.
 
     Args:
       config: the run.
@@ -72,8 +76,10 @@ def run(
         f"(log_every, in whole iterations of {config.envs} environments). Raise --steps or lower "
         "--log-every.",
     )
-    console = Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
+    first = jax.process_index() == 0
+    console = Console(quiet=quiet or not first, highlight=False, markup=False, soft_wrap=True)
     console.print(_headline(config, program, folder))
+    mesh.wait("checked")  # before the first process writes into the folder
 
     try:
         params, step, updates, compile_seconds = _train(
@@ -87,11 +93,13 @@ def run(
     lines = evaluation_lines(returns, config) if returns.size else []
     for line in lines:
         console.print(line)
-    seconds = read_metrics(folder)[-1]["time"]
+    seconds = read_metrics(folder)[-1]["time"] if first else math.nan
     summary = Summary(folder, step, updates, returns, seconds, compile_seconds)
-    first = program.agent_of(sweep.settings(config)[0])
-    pictures = draw(folder, first, env, members[0], config)
-    write_summary(config, summary, lines, pictures, program.replay.nbytes)
+    if not first:
+        return summary
+    drawn = program.agent_of(sweep.settings(config)[0])
+    pictures = draw(folder, drawn, env, members[0], config)
+    write_summary(config, summary, lines, pictures, program.replay.nbytes * config.shards)
     console.print(f"The summary is in {folder / SUMMARY}.")
     return summary
 
@@ -119,13 +127,16 @@ def _train(
     _check_rows(program, state, "at the start")
     step, updates = _counts(state, config)
     console.print(f"Compiled in {compile_seconds:.1f} s. {memory.line(used)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    configs.write(config, folder / checkpoint.CONFIG)
-    write_versions(folder)
-
-    resume_step = step if resume else None
-    settings = sweep.labels(config) if config.sweep else []
-    logs = Logger(folder, config.steps, config.seeds, settings, tensorboard, console, resume_step)
+    logs: Any = contextlib.nullcontext()
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        configs.write(config, folder / checkpoint.CONFIG)
+        write_versions(folder)
+        settings = sweep.labels(config) if config.sweep else []
+        start_step = step if resume else None
+        logs = Logger(
+            folder, config.steps, config.seeds, settings, tensorboard, console, start_step
+        )
     stopped = _stopped(state, config)
     with _memory_in_words(), logs as logger, checkpoint.manager(folder) as saver:
         while step < config.steps:
@@ -141,12 +152,14 @@ def _train(
             metrics["replay/size"] = min(step, capacity * config.envs)
             metrics["memory/process"] = resident_bytes()
             # Metrics first: resuming drops the lines after the checkpoint, and adds none twice.
-            logger.write(step, updates, metrics)
+            if logger is not None:
+                logger.write(step, updates, metrics)
             if step >= config.steps or step // config.save_every > before // config.save_every:
                 checkpoint.save(saver, step, state, config)
 
     # The rest of the state goes: the replay's memory serves the evaluation.
-    return state.agent.params, step, updates, compile_seconds
+    params = state.agent.params if program.layout.single else mesh.fetch(state.agent.params)
+    return params, step, updates, compile_seconds
 
 
 # A dispatch lasts about so many seconds: long enough that asking for it costs nothing, and short
@@ -165,10 +178,10 @@ def _line(
         # Iterations cost next to nothing before the first update, and are timed anew from there.
         warm = program.replay.warmup
         count = min(end - done, max(1, int(_DISPATCH / pace)))
-        count = min(count, warm - done) if done < warm else count
+        count = mesh.agree(min(count, warm - done) if done < warm else count)
         begun = time.monotonic()
         state, metrics = chunk(state, count, done % program.iterations == 0)
-        metrics = jax.device_get(metrics)
+        metrics = mesh.fetch(metrics)
         pace = max((time.monotonic() - begun) / count, 1e-9)
         done, fault = int(state.clock.iteration), program.fault(state)
         if done == warm:
@@ -345,17 +358,21 @@ def _counts(state: train.TrainState, config: RunConfig) -> tuple[int, int]:
 
 def _headline(config: RunConfig, program: train.Program, folder: Path) -> str:
     """Where the run goes and what it will take, before anything is allocated."""
-    device = jax.devices()[0]
+    device, layout = jax.devices()[0], program.layout
     params = program.shapes().agent.params
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    replay = program.replay.nbytes * config.members
+    replay = program.replay.nbytes * config.members * config.shards
     seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
     if config.sweep:
         seeds += f", {config.members // config.seeds} settings"
+    shards = f", {config.shards} shards" if config.shards > 1 else ""
+    used, there = layout.mesh.size, jax.device_count()
+    many = f"{used} of {there} x " if used < there else f"{used} x " if used > 1 else ""
+    each = f" ({replay // used:,} in that of each)" if used > 1 else ""
     return (
-        f"{config.recipe} {config.size} in {config.env}{seeds} on {device.device_kind} "
-        f"({device.platform}): {count:,} parameters, a replay of {replay:,} bytes in the memory of "
-        f"the {config.replay.place}; the run goes to {folder}"
+        f"{config.recipe} {config.size} in {config.env}{seeds}{shards} on {many}"
+        f"{device.device_kind} ({device.platform}): {count:,} parameters, a replay of {replay:,} "
+        f"bytes in the memory of the {config.replay.place}{each}; the run goes to {folder}"
     )
 
 
@@ -391,7 +408,7 @@ def _check_rows(program: train.Program, state: train.TrainState, when: str) -> N
 
 def _stopped(state: train.TrainState, config: RunConfig) -> np.ndarray:
     """Which members (M,) have diverged and learn no more."""
-    refused = np.atleast_1d(jax.device_get(state.health.refused))
+    refused = np.atleast_1d(mesh.fetch(state.health.refused))
     return (refused > 0) & (config.on_divergence == "stop")
 
 
@@ -404,7 +421,7 @@ def _tell_stopped(
 ) -> np.ndarray:
     """Which members have diverged; tells of new ones, and raises an error once all have."""
     stopped = _stopped(state, config)
-    health = jax.tree.map(np.atleast_1d, jax.device_get(state.health))
+    health = jax.tree.map(np.atleast_1d, mesh.fetch(state.health))
     terms, names = train.watched(metrics), _names(config)
     told = [
         f"The training of {names[i]} diverged at update {health.first[i]}: {terms[health.term[i]]} "

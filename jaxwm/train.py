@@ -9,27 +9,29 @@ step, and as many updates follow as the train ratio has earned. Both drivers do 
 
 `jax.vmap` over the state adds members (seeds, and settings of a sweep); counters and replay cursor
 are the same for all of them and stay unmapped, so that slice updates and loops keep their form.
+`mesh` adds shards and devices.
 
 An update whose loss or gradient is not finite is refused: whatever a run has learned is finite at
 all times. `Health` keeps the account.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import envs, sweep
+from jaxwm import envs, mesh, sweep
 from jaxwm.agent import Agent, AgentState, make_agent
 from jaxwm.config import require
 from jaxwm.envs import check, wrappers
 from jaxwm.envs.host import limit_and_repeat
+from jaxwm.mesh import P
 from jaxwm.recipes import RunConfig
 from jaxwm.replay import Buffer, Cursor, Replay, check_fits, replay
 from jaxwm.types import (
+    ALONE,
     Array,
     Env,
     HostEnv,
@@ -37,6 +39,7 @@ from jaxwm.types import (
     Key,
     Latent,
     Metrics,
+    Shards,
     Step,
     zeros,
 )
@@ -118,9 +121,9 @@ class Program(NamedTuple):
 
     Attributes:
       env: the environment: batched on the device, or on the host.
-      agent: the agent, without a sweep's values.
+      agent: the agent, as it acts outside of the program, without a sweep's values.
       agent_of: `values -> Agent`, with the values of swept entries.
-      replay: the replay.
+      replay: the replay, of one shard.
       shapes: `() -> TrainState` of shapes, and of numpy arrays for what lies in the host's memory;
         nothing is allocated or opened.
       init: `() -> TrainState`; the key of the run's seed is an argument of the compiled code.
@@ -132,6 +135,7 @@ class Program(NamedTuple):
       close: lets go of simulators.
       iterations: iterations between two lines of metrics.
       members: number of members; with more than one every leaf but the clock leads with them.
+      layout: which devices hold what; with more than one shard, what is in `LEADS` leads with them.
     """
 
     env: Env | HostEnv
@@ -147,6 +151,7 @@ class Program(NamedTuple):
     close: Callable[[], None]
     iterations: int
     members: int
+    layout: mesh.Layout
 
 
 def make_env(config: RunConfig) -> Env | HostEnv:
@@ -168,7 +173,10 @@ def make_env(config: RunConfig) -> Env | HostEnv:
 
 
 def build(
-    config: RunConfig, iterations: int | None = None, single: Env | HostEnv | None = None
+    config: RunConfig,
+    iterations: int | None = None,
+    single: Env | HostEnv | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Program:
     """The program of a run; nothing is allocated, opened or compiled before it is called.
 
@@ -176,10 +184,12 @@ def build(
       config: the run.
       iterations: iterations between two lines of metrics; by default what `log_every` asks for.
       single: the single environment, if it is not the one that `config.env` names.
+      devices: the devices to run on, as many of them as shards and seeds can be divided among; by
+        default all. Simulators on the host use the first one.
 
     Raises:
       JaxwmError: if the agent cannot take the environment's spaces, or the replay cannot lie
-        where it should.
+        where it should, or simulators on the host should be divided into shards.
     """
     env = single or make_env(config)
     require(
@@ -188,31 +198,46 @@ def build(
         "device, in one program with its replay. Leave --replay.place at device, and lower "
         "--replay.capacity if the device has too little memory.",
     )
+    if isinstance(env, HostEnv):
+        require(
+            config.shards == 1 and jax.process_count() == 1,
+            f"{env.name} runs on the host. Only what runs on the device can be divided into shards "
+            "or among processes: set --shards to 1, and train in one process.",
+        )
+        devices = jax.devices()[:1]
+    layout, part = mesh.layout(config, devices), mesh.part(config)
     agent_of = agents(config, env)
     agent = agent_of({})
-    row = jax.eval_shape(lambda: empty_row(env, config.envs))
-    memory = replay(config.replay, row, jax.eval_shape(lambda: agent.initial(config.envs)))
-    check_fits(memory.nbytes * config.members, place=config.replay.place)
+    row = jax.eval_shape(lambda: empty_row(env, part.envs))
+    memory = replay(part.replay, row, jax.eval_shape(lambda: agent.initial(part.envs)))
+    here = memory.nbytes * layout.members_here * layout.shards_here
+    check_fits(here, place=config.replay.place)
     count = iterations or max(1, config.log_every // config.envs)
     if isinstance(env, HostEnv):
         from jaxwm.train_host import on_host  # it builds on this file
 
-        return on_host(config, env, agent_of, memory, count)
-    return _on_device(config, env, agent_of, memory, count)
+        return on_host(config, env, agent_of, memory, count, layout)
+    return _on_device(part, env, agent_of, memory, count, layout)
 
 
-def agents(config: RunConfig, env: Env | HostEnv) -> Callable[[dict[str, Any]], Agent]:
+def agents(
+    config: RunConfig, env: Env | HostEnv, shards: Shards = ALONE
+) -> Callable[[dict[str, Any]], Agent]:
     """`values -> Agent`, the agent of a run with the values of some entries of its configuration.
+
+    Args:
+      config: the run.
+      env: its environment, for the spaces.
+      shards: how the shards of the training meet, if it is divided.
 
     Raises:
       JaxwmError: if the agent cannot take the environment's spaces.
     """
-    plain = make_agent(config.agent, env.obs_space, env.action_space)
+    spaces = env.obs_space, env.action_space
+    plain = make_agent(config.agent, *spaces, shards)
 
     def agent_of(values: dict[str, Any]) -> Agent:
-        if not values:
-            return plain
-        return make_agent(sweep.put(config, values).agent, env.obs_space, env.action_space)
+        return make_agent(sweep.put(config, values).agent, *spaces, shards) if values else plain
 
     return agent_of
 
@@ -274,6 +299,13 @@ def members_of(config: RunConfig) -> tuple[Any, dict[str, Any]]:
 # Which parts of a state lead with the members.
 AXES: Any = TrainState._make(None if name == "clock" else 0 for name in TrainState._fields)
 
+# The axes that each part of a state leads with: experience differs from shard to shard.
+_OWN = ("env", "row", "carry", "buffer", "episodes")
+LEADS: Any = TrainState._make(
+    P() if name == "clock" else P(mesh.SHARDS, mesh.MEMBERS) if name in _OWN else P(mesh.MEMBERS)
+    for name in TrainState._fields
+)
+
 
 def _on_device(
     config: RunConfig,
@@ -281,32 +313,57 @@ def _on_device(
     agent_of: Callable[[dict[str, Any]], Agent],
     memory: Replay,
     count: int,
+    layout: mesh.Layout,
 ) -> Program:
-    """The driver that keeps everything on the device: a chunk is one compiled program."""
+    """The driver that keeps everything on the device: a chunk is one compiled program.
+
+    Args:
+      config: the run, of one shard.
+      single: the single environment.
+      agent_of: `values -> Agent`, which knows of no shards.
+      memory: the replay of one shard.
+      count: iterations between two lines of metrics.
+      layout: where shards and members lie.
+    """
     env = wrappers.guard(wrappers.batch(single, config.envs))
+    whole = None
+    if layout.parts:
+        whole = jax.eval_shape(agent_of({}).init, jax.random.key(0))
+    leads = LEADS if whole is None else LEADS._replace(agent=mesh.learned(layout, whole))
+    shards = mesh.shards_of(layout, whole)
+    learner_of = agents(config, env, shards) if layout.shards > 1 else agent_of
 
     def reset(key: Key) -> tuple[Any, Step]:
-        state, row = env.reset(key)
+        state, row = env.reset(shards.own(key))
         return state, row._replace(action=zeros(env.action_space, (config.envs,)))
 
     def chunk(state: TrainState, count: Array, fresh: Array) -> tuple[TrainState, Metrics]:
-        iterate = _iteration(config, env, agent_of(state.values), memory)
-        state = begin_line(state, fresh)
+        iterate = _iteration(config, env, learner_of(state.values), memory)
+        own = begin_line(state._replace(key=shards.own(state.key)), fresh)
         # How often is no part of the program: chunks of any length share it.
-        state = jax.lax.fori_loop(0, count, lambda _, state: iterate(state), state)
-        return state, metrics_of(state.account, state.health, state.episodes)
+        after = jax.lax.fori_loop(0, count, lambda _, state: iterate(state), own)
+        ended = shards.total({name: getattr(after.episodes, name) for name in SUMS})
+        metrics = metrics_of(after.account, after.health, after.episodes._replace(**ended))
+        return after._replace(key=state.key), metrics
 
     def fault(state: TrainState) -> str | None:
-        return _member_fault(env, state.env.fault, config.members)
+        found = mesh.fetch(state.env.fault)
+        if layout.shards > 1:
+            found = wrappers.first_fault(found, config.envs)
+        return _member_fault(env, found, config.members)
 
-    init = beginning(config, agent_of, memory, reset)
+    init = beginning(config, learner_of, memory, reset)
     if config.members > 1:
         init = jax.vmap(init, out_axes=AXES)
         chunk = jax.vmap(chunk, in_axes=(AXES, None, None), out_axes=(AXES, 0))
-    init = jax.jit(init)
-    start = lambda: init(*members_of(config))  # noqa: E731
+    each = P(mesh.MEMBERS)
+    init = jax.jit(mesh.spread(init, layout, (each, each), leads))
+    chunk = mesh.spread(chunk, layout, (leads, P(), P()), (leads, each))
+    start = lambda: init(*mesh.put(members_of(config), layout, each))  # noqa: E731
     go = jax.jit(chunk, donate_argnums=0)
-    shapes = functools.partial(jax.eval_shape, start)
+
+    def shapes() -> TrainState:
+        return mesh.placed(jax.eval_shape(start), layout, leads)
 
     def compiled() -> Chunk:
         program = go.lower(shapes(), NUMBER, TRUTH).compile()
@@ -326,6 +383,7 @@ def _on_device(
         close=lambda: None,
         iterations=count,
         members=config.members,
+        layout=layout,
     )
 
 

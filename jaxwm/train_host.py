@@ -21,6 +21,7 @@ import numpy as np
 from jaxwm import replay_host, train
 from jaxwm.agent import Agent, AgentState
 from jaxwm.envs.host import Pool, TooManyFaults
+from jaxwm.mesh import Layout
 from jaxwm.recipes import RunConfig
 from jaxwm.replay import Buffer, Cursor, Packed, Replay, close_abandoned, pack, unpack
 from jaxwm.types import Action, Array, HostEnv, Key, Latent, Params, Step
@@ -38,6 +39,7 @@ def on_host(
     agent_of: Callable[[dict[str, Any]], Agent],
     memory: Replay,
     count: int,
+    layout: Layout,
 ) -> train.Program:
     """The program of a run with simulators on the host.
 
@@ -47,6 +49,7 @@ def on_host(
       agent_of: `values -> Agent`, with the values of swept entries.
       memory: the replay, wherever it lies.
       count: iterations between two lines of metrics.
+      layout: the one device that learns.
     """
     many = config.members > 1
     _, values = train.members_of(config)
@@ -196,6 +199,7 @@ def on_host(
         close=close,
         iterations=count,
         members=config.members,
+        layout=layout,
     )
 
 

@@ -166,7 +166,42 @@ class Behavior(NamedTuple):
     loss: Callable[..., Any]
 
 
+def _same(tree: Any) -> Any:
+    return tree
+
+
+class Shards(NamedTuple):
+    """How the shards of a training meet: each acts and samples by itself, all learn the same.
+
+    The defaults are those of a training that is not divided.
+
+    Attributes:
+      own: `key -> key`, a shard's own.
+      mean: `tree -> tree`, the means over all shards; of tensors that devices hold a part of, a
+        device's part.
+      total: `tree -> tree`, the sums over all shards.
+      every: `array -> array`, those of all shards, with further leading axes.
+      part: `AgentState -> AgentState`, the part of what was learned that a device holds.
+      params: `parameters -> parameters`, whole, from the parts of all devices.
+      slow: the same for the slow critic.
+      parts: `numbers -> numbers`, one for each tensor of the parameters, a sum over the part that a
+        device holds: the sums over the whole tensors.
+    """
+
+    own: Callable[[Key], Key] = _same
+    mean: Callable[[Any], Any] = _same
+    total: Callable[[Any], Any] = _same
+    every: Callable[[Array], Array] = _same
+    part: Callable[[Any], Any] = _same
+    params: Callable[[Params], Params] = _same
+    slow: Callable[[Params], Params] = _same
+    parts: Callable[[Params], Params] = _same
+
+
+ALONE = Shards()
+
 __all__ = [
+    "ALONE",
     "Action",
     "ActionSpace",
     "Array",
@@ -185,6 +220,7 @@ __all__ = [
     "ObsSpace",
     "Params",
     "PyTree",
+    "Shards",
     "Simulator",
     "Space",
     "Step",

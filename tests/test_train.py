@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scripted
 
 from jaxwm import envs, train
 from jaxwm.agent import Agent, AgentState
+from jaxwm.envs import wrappers
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay import ReplayConfig
 from jaxwm.types import Latent
@@ -231,3 +233,46 @@ def test_an_environment_by_another_name_is_told():
     with pytest.raises(ValueError, match="Did you mean Memory"):
         train.make_env(RunConfig(env="toy/Memori"))
     assert train.make_env(RunConfig(env="toy/Memory")).name == envs.make("toy/Memory").name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"shards": 0}, "shards is 0; it must be at least 1"),
+        (
+            {"shards": 3},
+            "envs is 4, which cannot be divided into 3 equal shards",
+        ),
+        ({"shards": 4}, "replay.batch_size is 2, which cannot be divided into 4"),
+        ({"shard_params": True}, "there is one shard. Raise --shards"),
+    ],
+)
+def test_what_cannot_be_divided_is_told(config, changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(config, **changes)
+
+
+def test_simulators_on_the_host_are_not_divided(config):
+    with pytest.raises(ValueError, match="Only what runs on the device can be divided"):
+        train.build(dataclasses.replace(config, shards=2), single=scripted.chain())
+
+
+def test_two_shards_on_one_device_keep_their_experience_apart(config, monkeypatch):
+    monkeypatch.setattr(train, "make_agent", lambda *args: clerk(*args[:3]))
+    program = train.build(dataclasses.replace(config, shards=2), iterations=12)
+    state, metrics = program.chunk(program.init())
+    # 4 environments and 200,000 rows in two halves; they see different cues.
+    assert state.row.reward.shape == (2, 2) and state.buffer.stoch.shape[:3] == (2, 2, 50_000)
+    cue = np.asarray(state.buffer.rows.obs["cue"][:, :, :12])
+    assert not (cue[0] == cue[1]).all()
+    # Episodes of all: rows 4 and 9 of 4 environments. Updates as if there were one shard.
+    assert metrics["episode/count"] == 8
+    assert int(state.clock.updates) == 4
+
+
+def test_the_first_fault_of_the_shards_is_told():
+    count, key, env = [[0, 2], [3, 0]], [[-1, 1], [0, -1]], [[-1, 0], [1, -1]]  # shard by seed
+    fault = wrappers.Fault(np.array(count), np.array(key), np.array(env))
+    found = wrappers.first_fault(fault, 4)
+    # The first seed's fault is in environment 1 of the second shard, the other's in the first.
+    assert [x.tolist() for x in found] == [[3, 2], [0, 1], [5, 0]]

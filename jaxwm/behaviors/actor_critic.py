@@ -11,7 +11,7 @@ i; reward, continue and value belong to the state they are predicted at.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -105,6 +105,7 @@ def dream_targets(
     reward: Array,
     cont: Array,
     value: Array,
+    every: Callable[[Array], Array] = lambda returns: returns,
 ) -> tuple[Dream, Percentiles]:
     """Returns, advantages and weights of imagined trajectories.
 
@@ -119,6 +120,7 @@ def dream_targets(
       reward: (H+1, N) predicted rewards.
       cont: (H+1, N) predicted probabilities to go on, times the discount.
       value: (H+1, N) predicted values.
+      every: `returns (H, N) -> returns (..., H, N)` of all shards, of which the percentiles are.
 
     Returns:
       The targets, and the updated percentiles. No gradient flows through either.
@@ -126,7 +128,7 @@ def dream_targets(
     reward, cont, value = sg((reward, cont, value))
     columns = jax.vmap(lambda_return, in_axes=(1, 1, 1, None), out_axes=1)
     returns = columns(reward[1:], cont[1:], value[1:], config.lambda_)
-    returns_range = percentiles_update(returns_range, returns, config.return_rate)
+    returns_range = percentiles_update(returns_range, every(returns), config.return_rate)
     scale = percentiles_scale(returns_range)
     weight = jnp.cumprod(cont, 0)[:-1]
     advantage = (returns - value[:-1]) / scale
@@ -139,6 +141,7 @@ def actor_critic(
     model: WorldModel,
     feature_size: int,
     dtype: str = "float32",
+    every: Callable[[Array], Array] = lambda returns: returns,
 ) -> Behavior:
     """The behaviour as pure functions; see `types.Behavior`.
 
@@ -151,6 +154,7 @@ def actor_critic(
       model: the world model to dream in.
       feature_size: length of the model's features.
       dtype: compute type.
+      every: see `dream_targets`.
 
     Raises:
       JaxwmError: if an action space is neither discrete nor a box of numbers.
@@ -248,7 +252,7 @@ def actor_critic(
         reward, cont, values, slow_values = sg([jnp.concatenate([xs, x[None]]) for xs, x in judged])
         if config.start_weight == "true":
             cont = cont.at[0].set(1.0 - steps.is_terminal.reshape(-1))
-        dream, state = dream_targets(config, state, reward, cont, values)
+        dream, state = dream_targets(config, state, reward, cont, values, every)
 
         def learn(feat, action, advantage, returns, slow_value) -> tuple[Array, ...]:
             plan = policy(params, feat)

@@ -451,6 +451,21 @@ def _guarded(env: Env) -> list[str]:
     return [*sorted(env.obs_space), "reward"]
 
 
+def first_fault(fault: Any, count: int) -> Fault:
+    """The record of all shards as one, in numpy.
+
+    Args:
+      fault: the records of all shards, which lead every array.
+      count: environments of each shard.
+
+    Returns:
+      All bad rows, and where the first of the first shard was that has any.
+    """
+    shard = (fault.count > 0).argmax(0)
+    key_index, env_index = (np.take_along_axis(x, shard[None], 0)[0] for x in fault[1:])
+    return Fault(fault.count.sum(0), key_index, env_index + shard * count)
+
+
 def fault_message(env: Env, fault: Fault) -> str | None:
     """What `guard` met, in words; call it on the host.
 

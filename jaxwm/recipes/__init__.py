@@ -28,6 +28,10 @@ class RunConfig:
         learning, or "skip" it and go on; a run stops when all its members have.
       steps: environment steps per seed, over all its environments.
       envs: environments per seed.
+      shards: parts into which environments, replay and batch of each seed are divided; a device
+        holds one or more of them. How many devices there are does not change the run.
+      shard_params: whether each of the devices that divide a seed's shards holds but a part of
+        parameters and optimiser, for sizes that would not fit otherwise.
       action_repeat: times each action is repeated in the environment.
       time_limit: steps after which an episode is cut; 0 leaves it to the environment.
       replay: the replay and the train ratio.
@@ -48,6 +52,8 @@ class RunConfig:
     on_divergence: Literal["stop", "skip"] = "stop"
     steps: int = 1_000_000
     envs: int = 16
+    shards: int = 1
+    shard_params: bool = False
     action_repeat: int = 1
     time_limit: int = 0
     replay: ReplayConfig = ReplayConfig()
@@ -58,12 +64,24 @@ class RunConfig:
     save_every: int = 50_000
 
     def __post_init__(self):
-        for name in ("seeds", "steps", "envs", "action_repeat", "log_every", "save_every"):
+        counts = ("seeds", "steps", "envs", "shards", "action_repeat", "log_every", "save_every")
+        for name in counts:
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}; it must be at least 1.")
         for name in ("seed", "time_limit", "eval_episodes"):
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}; it must not be negative.")
+        for name, count in (("envs", self.envs), ("replay.batch_size", self.replay.batch_size)):
+            require(
+                count % self.shards == 0,
+                f"{name} is {count}, which cannot be divided into {self.shards} equal shards. Make "
+                f"it a multiple of {self.shards}, or give another number of shards.",
+            )
+        require(
+            self.shards > 1 or not self.shard_params,
+            "shard_params divides parameters among the devices that hold the shards of a seed, and "
+            "there is one shard. Raise --shards, at best to the number of devices.",
+        )
         self.replay.rows_per_env(self.envs)
         if self.sweep:
             for index in range(self.members):

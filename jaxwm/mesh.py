@@ -1,0 +1,292 @@
+"""Many devices: which holds what of a run, and what they tell each other.
+
+Environments, replay and batch of a member are divided into shards. A shard is the training of one
+device in small: its environments fill its replay, from which it samples its part of every batch.
+Experience never leaves it. What shards share is told by `Shards`: the gradient with the metrics of
+an update (one all-reduce of as many bytes), the returns of the dreams, of which the percentiles are
+taken (`imagine * batch_length * batch_size` float32 numbers, 60 KiB by default), and once in a
+chunk the sums over ended episodes.
+
+The devices form a mesh with the axes "members" and "data". Each device holds some of the members,
+and some of the shards of those. A device's members and shards are mapped by `jax.vmap`, the devices
+by `jax.shard_map`; so shards meet over two axes, "shards" within a device and "data" across them.
+How many devices there are decides nothing but where things lie: the numbers are the same to
+rounding.
+
+Which axes an array leads with is said by a `PartitionSpec` of "shards" and "members", of which a
+layout drops what it has but one of.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxwm.agent import AgentState
+from jaxwm.config import require
+from jaxwm.recipes import RunConfig
+from jaxwm.types import ALONE, JaxwmError, Key, Shards
+
+P = PartitionSpec
+MEMBERS, DATA, SHARDS = "members", "data", "shards"
+
+
+class Layout(NamedTuple):
+    """How a run lies on devices.
+
+    Attributes:
+      mesh: the devices in use, with the axes "members" and "data".
+      members: members in all.
+      shards: shards of each member.
+      parts: whether devices hold but parts of what they learn.
+    """
+
+    mesh: Mesh
+    members: int
+    shards: int
+    parts: bool
+
+    @property
+    def single(self) -> bool:
+        """Whether there is nothing to divide: one device, and one shard of each member."""
+        return self.mesh.size == 1 and self.shards == 1
+
+    @property
+    def members_here(self) -> int:
+        """Members on each device."""
+        return self.members // self.mesh.shape[MEMBERS]
+
+    @property
+    def shards_here(self) -> int:
+        """Shards on each device, of each of its members."""
+        return self.shards // self.mesh.shape[DATA]
+
+
+def layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layout:
+    """The layout of a run on as many devices as shards and members can be divided among.
+
+    Args:
+      config: the run.
+      devices: what there is; by default all devices of all processes.
+
+    Raises:
+      JaxwmError: if a process would have nothing to do.
+    """
+    devices = jax.devices() if devices is None else devices
+    data = math.gcd(len(devices), config.shards)
+    members = math.gcd(len(devices) // data, config.members)
+    used = devices[: members * data]
+    busy, there = len({device.process_index for device in used}), jax.process_count()
+    require(
+        busy == there,
+        f"{there} processes have {len(devices)} devices, and {config.shards} shards of "
+        f"{config.members} members can use {len(used)} of them, those of {busy}. Give --shards or "
+        "--seeds that the number of devices divides.",
+    )
+    grid = np.array(used).reshape(members, data)
+    return Layout(Mesh(grid, (MEMBERS, DATA)), config.members, config.shards, config.shard_params)
+
+
+def part(config: RunConfig) -> RunConfig:
+    """The configuration of a single shard: its environments, its replay, its part of the batch."""
+    count = config.shards
+    memory = dataclasses.replace(
+        config.replay,
+        capacity=config.replay.capacity // count,
+        batch_size=config.replay.batch_size // count,
+    )
+    envs = config.envs // count
+    return dataclasses.replace(config, shards=1, shard_params=False, envs=envs, replay=memory)
+
+
+def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
+    """How the shards of a layout meet, for functions that `spread` maps.
+
+    Args:
+      layout: where shards and members lie.
+      whole: shapes of what one member learns, if devices hold but parts of it.
+    """
+    if layout.shards == 1:
+        return ALONE
+    across = (SHARDS, DATA)
+
+    def own(key: Key) -> Key:
+        number = jax.lax.axis_index(DATA) * layout.shards_here + jax.lax.axis_index(SHARDS)
+        return jax.random.fold_in(key, number)
+
+    shards = Shards(
+        own=own,
+        mean=lambda tree: jax.lax.pmean(tree, across),
+        total=lambda tree: jax.lax.psum(tree, across),
+        every=lambda x: jax.lax.all_gather(jax.lax.all_gather(x, SHARDS), DATA),
+    )
+    if whole is None:
+        return shards
+    count = layout.mesh.shape[DATA]
+
+    def part(x: Any) -> Any:
+        axis = _cut(x.shape, count)
+        if axis is None:
+            return x
+        size = x.shape[axis] // count
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(DATA) * size, size, axis)
+
+    def join(x: Any, like: Any) -> Any:
+        axis = _cut(like.shape, count)
+        return x if axis is None else jax.lax.all_gather(x, DATA, axis=axis, tiled=True)
+
+    def mean(x: Any) -> Any:
+        x, axis = jax.lax.pmean(x, SHARDS), _cut(x.shape, count)
+        if axis is None:
+            return jax.lax.pmean(x, DATA)
+        return jax.lax.psum_scatter(x, DATA, scatter_dimension=axis, tiled=True) / count
+
+    def total(number: Any, like: Any) -> Any:
+        return number if _cut(like.shape, count) is None else jax.lax.psum(number, DATA)
+
+    return shards._replace(
+        mean=lambda tree: jax.tree.map(mean, tree),
+        part=lambda state: jax.tree.map(part, state),
+        params=lambda tree: jax.tree.map(join, tree, whole.params),
+        slow=lambda tree: jax.tree.map(join, tree, whole.slow.params),
+        parts=lambda numbers: jax.tree.map(total, numbers, whole.params),
+    )
+
+
+def learned(layout: Layout, whole: AgentState) -> AgentState:
+    """Which axes each tensor of what members learn leads with, if devices hold parts of it.
+
+    Args:
+      layout: where shards and members lie.
+      whole: shapes of what one member learns.
+    """
+
+    def leads(x: Any) -> PartitionSpec:
+        axis = _cut(x.shape, layout.mesh.shape[DATA])
+        return P(MEMBERS) if axis is None else P(MEMBERS, *(None,) * axis, DATA)
+
+    return jax.tree.map(leads, whole)
+
+
+def _cut(shape: tuple[int, ...], count: int) -> int | None:
+    """The axis along which so many devices divide a tensor: the longest possible one, if any."""
+    axes = [axis for axis, size in enumerate(shape) if size % count == 0 and size > 0]
+    return max(axes, key=lambda axis: shape[axis], default=None)
+
+
+def spread(
+    function: Callable[..., Any], layout: Layout, takes: tuple[Any, ...], gives: Any
+) -> Callable[..., Any]:
+    """A function of one shard of some members, as one of all shards of all members.
+
+    Args:
+      function: it sees one shard, and the members of one device; `shards_of` lets it meet others.
+      layout: where shards and members lie.
+      takes: for each argument, the axes it leads with; a prefix of its tree.
+      gives: the same for the result. Without "shards" it must be the same for all of them.
+    """
+    if layout.single:
+        return function
+    if layout.shards > 1:
+        mapped = jax.tree.map(lambda spec: 0 if SHARDS in spec else None, (takes, gives))
+        function = jax.vmap(function, *mapped, axis_name=SHARDS, axis_size=layout.shards_here)
+    ins, outs = jax.tree.map(lambda spec: _on_mesh(spec, layout), (takes, gives))
+    # What leads with no axis is the same on all devices by construction, which is not inferred.
+    return jax.shard_map(function, mesh=layout.mesh, in_specs=ins, out_specs=outs, check_vma=False)
+
+
+def placed(like: Any, layout: Layout, leads: Any) -> Any:
+    """Shapes that say where their arrays lie.
+
+    Args:
+      like: a tree of shapes.
+      layout: where shards and members lie.
+      leads: the axes they lead with, a prefix of the tree.
+    """
+    if layout.single:
+        return like
+
+    def place(spec: PartitionSpec, tree: Any) -> Any:
+        sharding = NamedSharding(layout.mesh, _on_mesh(spec, layout))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    return jax.tree.map(place, leads, like)
+
+
+def _on_mesh(spec: PartitionSpec, layout: Layout) -> PartitionSpec:
+    """The axes of the mesh along which an array is divided, given what it leads with."""
+    absent = {SHARDS} if layout.shards == 1 else set()
+    absent |= {MEMBERS} if layout.members == 1 else set()
+    return P(*(DATA if axis == SHARDS else axis for axis in spec if axis not in absent))
+
+
+def put(tree: Any, layout: Layout, leads: PartitionSpec) -> Any:
+    """Keys and arrays on the devices of a layout; all processes have the same."""
+    if layout.single:
+        return tree
+    sharding = NamedSharding(layout.mesh, _on_mesh(leads, layout))
+
+    def place(x: Any) -> Any:
+        if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.device_put(np.asarray(x), sharding)
+        raw = jax.device_put(np.asarray(jax.random.key_data(x)), sharding)
+        return jax.random.wrap_key_data(raw)
+
+    return jax.tree.map(place, tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays from wherever they lie to numpy, whole; all processes must ask for the same."""
+
+    def whole(x: Any) -> Any:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return jax.device_get(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+def agree(number: int) -> int:
+    """What the first process says, whose clock may differ from those of others."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def wait(name: str) -> None:
+    """Waits until all processes have come to the point `name`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def join(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Makes this process one of several that train together; call it before jax is used.
+
+    SLURM, Open MPI, Kubernetes and Cloud TPU say by themselves who takes part; elsewhere every
+    process must be told.
+
+    Args:
+      coordinator: "HOST:PORT" of process 0, where all others can reach it.
+      processes: how many there are.
+      process: the number of this one, from 0.
+
+    Raises:
+      JaxwmError: if nothing says who takes part, or the others cannot be reached.
+    """
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (ValueError, RuntimeError) as error:
+        raise JaxwmError(
+            f"This process cannot join others ({str(error).splitlines()[0]}). Outside of SLURM, "
+            "Open MPI, Kubernetes and Cloud TPU give each process --coordinator HOST:PORT, "
+            "--processes COUNT and --process NUMBER (from 0)."
+        ) from error
