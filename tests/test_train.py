@@ -123,7 +123,7 @@ def test_a_chunk_stays_on_the_device(single):
         assert word not in text
 
 
-def clerk(config, obs_space, action_space) -> Agent:
+def clerk(config, obs_space, action_space, shards) -> Agent:
     """An agent without networks: it counts updates, and the rows of each episode.
 
     Its action is odd on odd rows, its latent is the number of the row.
@@ -258,7 +258,7 @@ def test_simulators_on_the_host_are_not_divided(config):
 
 
 def test_two_shards_on_one_device_keep_their_experience_apart(config, monkeypatch):
-    monkeypatch.setattr(train, "make_agent", lambda *args: clerk(*args[:3]))
+    monkeypatch.setattr(train, "make_agent", clerk)
     program = train.build(dataclasses.replace(config, shards=2), iterations=12)
     state, metrics = program.chunk(program.init())
     # 4 environments and 200,000 rows in two halves; they see different cues.

@@ -187,7 +187,8 @@ def still(*args: Any) -> Any:
 
     def update(state: Any, carry: Any, steps: Any, key: Any) -> Any:
         latents = jax.tree.map(lambda x: jax.numpy.stack([x] * len(steps.reward)), carry)
-        return state, latents, {"reward": steps.reward.mean()}
+        reward = steps.reward.mean()
+        return state, latents, {"reward": reward, "grad_norm": reward}
 
     return agent._replace(update=update)
 
