@@ -110,7 +110,8 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
 
     Args:
       layout: where shards and seeds lie.
-      whole: shapes of what one seed learns, if devices hold but parts of it.
+      whole: shapes of what one seed learns, if devices hold but parts of it. A pair of bins may
+        then lie on two devices, so that means are rounded as the order of adding up has it.
     """
     if layout.shards == 1:
         return ALONE
@@ -166,7 +167,8 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
 def _at_bins(function: Callable[[Any], Any], tree: Any) -> Any:
     """A function of those gradients that belong to the logits of two-hot bins.
 
-    Devices add up in an order that may be another one for every part of a tensor.
+    Devices that pass sums on in a ring add up every part of a tensor in another order, and bins
+    of 5e8 would make values of the last bits by which pairs of gradients then differ.
     """
 
     def leaf(path: Any, x: Any) -> Any:
