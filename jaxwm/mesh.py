@@ -19,6 +19,7 @@ layout drops what it has but one of.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxwm.agent import AgentState
 from jaxwm.config import require
+from jaxwm.numerics import fold_mirrored, unfold_mirrored
 from jaxwm.recipes import RunConfig
 from jaxwm.types import ALONE, JaxwmError, Key, Shards
 
@@ -109,7 +111,8 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
 
     Args:
       layout: where shards and members lie.
-      whole: shapes of what one member learns, if devices hold but parts of it.
+      whole: shapes of what one member learns, if devices hold but parts of it. A pair of bins may
+        then lie on two devices, so that means are rounded as the order of adding up has it.
     """
     if layout.shards == 1:
         return ALONE
@@ -119,9 +122,13 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
         number = jax.lax.axis_index(DATA) * layout.shards_here + jax.lax.axis_index(SHARDS)
         return jax.random.fold_in(key, number)
 
+    def mean_in_any_order(tree: Any) -> Any:
+        folded = _at_bins(fold_mirrored, tree)
+        return _at_bins(unfold_mirrored, jax.lax.pmean(folded, across))
+
     shards = Shards(
         own=own,
-        mean=lambda tree: jax.lax.pmean(tree, across),
+        mean=mean_in_any_order,
         total=lambda tree: jax.lax.psum(tree, across),
         every=lambda x: jax.lax.all_gather(jax.lax.all_gather(x, SHARDS), DATA),
     )
@@ -156,6 +163,20 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
         slow=lambda tree: jax.tree.map(join, tree, whole.slow.params),
         parts=lambda numbers: jax.tree.map(total, numbers, whole.params),
     )
+
+
+def _at_bins(function: Callable[[Any], Any], tree: Any) -> Any:
+    """A function of those gradients that belong to the logits of two-hot bins.
+
+    Devices that pass sums on in a ring add up every part of a tensor in another order, and bins
+    of 5e8 would make values of the last bits by which pairs of gradients then differ.
+    """
+
+    def leaf(path: Any, x: Any) -> Any:
+        names = jax.tree_util.keystr(path, simple=True, separator="/")
+        return function(x) if re.search("(model/reward|behavior/value)/out/", names) else x
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def learned(layout: Layout, whole: AgentState) -> AgentState:

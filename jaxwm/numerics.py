@@ -139,6 +139,32 @@ def twohot_mean(
     return jnp.sum(surplus * prepend_axes(bins[-half:], logits.ndim), axis=-1)
 
 
+def fold_mirrored(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    """Sums of entries that mirror each other, the middle, and their differences, in place of them.
+
+    Where both entries of a pair are equal to the last bit, their difference is exactly 0, and stays
+    so however such arrays are added up: then `unfold_mirrored` gives equal entries. Added up as
+    they are, in an order that depends on their place, they would differ by rounding, for which
+    `twohot_mean` has no pardon.
+
+    Args:
+      x: numbers of which the last axis has a middle, such as gradients of two-hot logits.
+
+    Source: own derivation.
+    """
+    half = x.shape[-1] // 2
+    low, high = x[..., :half], x[..., -half:][..., ::-1]
+    return jnp.concatenate([low + high, x[..., half:-half], low - high], -1)
+
+
+def unfold_mirrored(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    """Undoes `fold_mirrored`, to rounding."""
+    half = x.shape[-1] // 2
+    both, apart = x[..., :half], x[..., -half:]
+    high = (both - apart) / 2
+    return jnp.concatenate([(both + apart) / 2, x[..., half:-half], high[..., ::-1]], -1)
+
+
 class Percentiles(NamedTuple):
     """Moving averages of a low and a high percentile, in the units of the data."""
 

@@ -1,3 +1,5 @@
+import functools
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -187,3 +189,20 @@ def test_moments_of_a_constant_have_the_smallest_scale():
 def test_statistics_pass_no_gradient(init, update, scale):
     x = jnp.arange(20.0)
     np.testing.assert_array_equal(jax.grad(lambda x: scale(update(init(), 9 * x)))(x), 0.0)
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_mirrored_entries_stay_equal_in_any_order(n):
+    rng = np.random.default_rng(0)
+    half = rng.normal(size=(7, n // 2)).astype(np.float32)
+    middle = rng.normal(size=(7, n % 2)).astype(np.float32)
+    x = jnp.asarray(np.concatenate([half, middle, half[:, ::-1]], 1))
+    folded = numerics.fold_mirrored(x)
+    assert not folded[:, -(n // 2) :].any()
+    # Every column is added up in an order of its own.
+    orders = [rng.permutation(7) for _ in range(n)]
+    total = jnp.stack([functools.reduce(jnp.add, folded[o, i]) for i, o in enumerate(orders)])
+    mean = numerics.unfold_mirrored(total)
+    np.testing.assert_array_equal(mean, mean[::-1])
+    np.testing.assert_allclose(mean, x.sum(0), rtol=1e-5)
+    np.testing.assert_allclose(numerics.unfold_mirrored(numerics.fold_mirrored(x)), x, rtol=1e-6)
