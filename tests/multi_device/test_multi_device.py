@@ -27,7 +27,10 @@ def start(devices: int, *words: str) -> subprocess.Popen:
 
 def result(process: subprocess.Popen) -> dict:
     """What the driver found."""
-    out, error = process.communicate(timeout=550)
+    try:
+        out, error = process.communicate(timeout=550)
+    finally:
+        process.kill()
     assert process.returncode == 0, error[-4000:]
     return json.loads(out.splitlines()[-1])
 
