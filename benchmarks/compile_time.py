@@ -95,13 +95,13 @@ def main() -> None:
         print(json.dumps(own(args.sizes[0], second, args.batch, args.length)))
         return
     for size in args.sizes:
-        line: dict[str, Any] = {"size": size, "obs": args.obs, "envs": args.envs}
-        line |= {"batch": [args.batch, args.length], "dtype": compute_dtype("auto")}
+        found = {}
         for what in ("update", "chunk"):
             with tempfile.TemporaryDirectory() as cache:
-                both = [process(args, what, size, cache) for _ in range(2)]
-            line[what] = dict(zip(("cold", "warm"), both, strict=True))
-        emit(line | machine(), args.out)
+                found[what] = {x: process(args, what, size, cache) for x in ("cold", "warm")}
+        # Only now: a process that knows the device may hold it, or its memory, for itself.
+        line = {"size": size, "obs": args.obs, "envs": args.envs, "dtype": compute_dtype("auto")}
+        emit(line | {"batch": [args.batch, args.length]} | found | machine(), args.out)
 
 
 if __name__ == "__main__":

@@ -74,16 +74,19 @@ class Run:
         return times
 
 
-def training(size: str, envs: int, ratio: float, batch: int = 16, length: int = 64) -> RunConfig:
+def training(
+    size: str, envs: int, ratio: float, batch: int = 16, length: int = 64, dtype: str = "auto"
+) -> RunConfig:
     """A run that learns."""
+    agent: Any = dataclasses.replace(dreamer_v3.agent(size), dtype=dtype)
     replay = ReplayConfig(capacity=100_000, batch_size=batch, batch_length=length)
     replay = dataclasses.replace(replay, train_ratio=ratio)
-    return RunConfig(env=ENV, size=size, agent=dreamer_v3.agent(size), envs=envs, replay=replay)
+    return RunConfig(env=ENV, size=size, agent=agent, envs=envs, replay=replay)
 
 
-def collecting(size: str, envs: int, length: int = 64, rows: int = 128) -> RunConfig:
+def collecting(size: str, envs: int, rows: int = 128, dtype: str = "auto") -> RunConfig:
     """A run that never learns, with a replay of so many rows for each environment."""
-    config = training(size, envs, ratio=1, length=length)
+    config = training(size, envs, ratio=1, dtype=dtype)
     # So small a ratio counts as none.
     replay = dataclasses.replace(config.replay, capacity=rows * envs, train_ratio=1e-9)
     return dataclasses.replace(config, replay=replay)
@@ -120,10 +123,11 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=8, help="in a chunk of the training")
     parser.add_argument("--collect-size", default="nano", help="a size of dreamer_v3, to collect")
     parser.add_argument("--collect-envs", type=int, nargs="*", default=[16, 64, 256, 1024])
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=10, help="chunks that count")
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
-    config = training(args.size, args.envs, args.ratio, args.batch, args.length)
+    config = training(args.size, args.envs, args.ratio, args.batch, args.length, args.dtype)
     run = Run(config, args.iterations)
     while run.updates == 0:  # fill the replay
         run()
@@ -145,7 +149,7 @@ def main() -> None:
 def _collections(args: argparse.Namespace) -> Any:
     """Runs that collect, made one after the other and stepped once."""
     for envs in args.collect_envs:
-        config = collecting(args.collect_size, envs, args.length)
+        config = collecting(args.collect_size, envs, dtype=args.dtype)
         run = Run(config, max(8, 16_384 // envs))
         run()
         yield "collecting", config, run

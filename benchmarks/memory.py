@@ -59,7 +59,7 @@ def update_bytes(config: AgentConfig, obs: str, batch: int, length: int) -> dict
         "parameters": nbytes(state.params),
         "slow_critic": nbytes(state.slow),
         "optimiser": nbytes(state.opt),
-        "batch": nbytes(rest),
+        "batch": nbytes(rest[:-1]),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
     }
 

@@ -1,6 +1,6 @@
 """How speed grows with environments, seeds and sizes; a line of JSON for each, and a picture.
 
-    python -m benchmarks.scaling --out benchmarks/results/scaling.jsonl
+    python -m benchmarks.scaling --picture curves.png --out benchmarks/results/scaling.jsonl
 
 - envs: steps per second of a policy that acts and stores in so many environments, in one program.
 - seeds: time of one update of so many seeds side by side, against one seed's. Runs take turns.
@@ -29,12 +29,12 @@ from jaxwm.replay import check_fits
 from jaxwm.types import JaxwmError
 
 
-def environments(counts: list[int], size: str, repeats: int) -> dict[str, Any]:
+def environments(counts: list[int], size: str, repeats: int, dtype: str) -> dict[str, Any]:
     """Steps per second of collecting, for some numbers of environments."""
     points, left_out = [], {}
     for count in counts:
         try:
-            run = Run(collecting(size, count), max(8, 16_384 // count))
+            run = Run(collecting(size, count, dtype=dtype), max(8, 16_384 // count))
         except JaxwmError as error:
             left_out[count] = str(error)
             continue
@@ -49,11 +49,17 @@ def environments(counts: list[int], size: str, repeats: int) -> dict[str, Any]:
 
 
 def seeds(
-    counts: list[int], size: str, batch: int, length: int, repeats: int, budget: float
+    counts: list[int],
+    size: str,
+    batch: int,
+    length: int,
+    repeats: int,
+    dtype: str,
+    budget: float,
 ) -> dict[str, Any]:
     """Seconds of an update of so many seeds in one program, one chunk of each in turn."""
     envs = 16
-    config = training(size, envs, ratio=batch * length / envs, batch=batch, length=length)
+    config = training(size, envs, batch * length / envs, batch, length, dtype)
     config = dataclasses.replace(
         config, replay=dataclasses.replace(config.replay, capacity=envs * 4 * length)
     )
@@ -177,20 +183,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--budget", type=float, default=120, help="seconds that a point may take")
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
-    parser.add_argument("--picture", type=Path, help="default: beside --out, as .png")
+    parser.add_argument("--picture", type=Path, help="draw the curves into this PNG")
     args = parser.parse_args()
-    batch = args.batch, args.length
+    batch, rest = (args.batch, args.length), (args.repeats, args.dtype, args.budget)
     axes = {
-        "envs": lambda: environments(args.envs, args.size, args.repeats),
-        "seeds": lambda: seeds(args.seeds, args.size, *batch, args.repeats, args.budget),
-        "sizes": lambda: sizes(args.sizes, *batch, args.repeats, args.dtype, args.budget),
+        "envs": lambda: environments(args.envs, args.size, args.repeats, args.dtype),
+        "seeds": lambda: seeds(args.seeds, args.size, *batch, *rest),
+        "sizes": lambda: sizes(args.sizes, *batch, *rest),
     }
     lines = []
     for axis in args.axes:
         lines.append(axes[axis]() | {"dtype": compute_dtype(args.dtype)} | machine())
         emit(lines[-1], args.out)
-    if args.picture or args.out:
-        draw(lines, args.picture or args.out.with_suffix(".png"))
+    if args.picture:
+        draw(lines, args.picture)
 
 
 if __name__ == "__main__":
