@@ -13,6 +13,7 @@ the networks are those of DreamerV3's `size1m` and `size12m`, in float32.
 """
 
 import json
+import math
 import os
 import sys
 import threading
@@ -140,22 +141,29 @@ def reference_loop(job: dict[str, Any]) -> Built:
                 "is_terminal": bool(terminal),
             }
 
-    main.make_env = lambda config, index: main.wrap_env(CartPole(), config)
-    counter, gate, started = elements.Counter(), threading.Event(), threading.Event()
-    gate.set()
+    def make_env(config: Any, index: int) -> Any:
+        return main.wrap_env(CartPole(), config)
+
+    main.make_env = make_env
+    counter, until = elements.Counter(), [math.inf]
+    arrived, released, learned = threading.Event(), threading.Event(), threading.Event()
 
     def make_agent() -> Any:
         agent = main.make_agent(config)
         act, learn = agent.policy, agent.train
 
         def policy(*args: Any, **kwargs: Any) -> Any:
-            gate.wait()
+            if int(counter) >= until[0]:
+                # Every update that these steps have earned belongs to the turn that ends here.
+                jax.block_until_ready(agent.params)
+                arrived.set()
+                released.wait()
+                released.clear()
             return act(*args, **kwargs)
 
         def train(*args: Any) -> Any:
-            result = learn(*args)
-            started.set()
-            return result
+            learned.set()
+            return learn(*args)
 
         agent.policy, agent.train = policy, train
         return agent
@@ -168,24 +176,26 @@ def reference_loop(job: dict[str, Any]) -> Built:
     parts = (
         make_agent,
         lambda: main.make_replay(config, "replay"),
-        lambda index: main.make_env(config, index),
+        lambda index: make_env(config, index),
         lambda replay, mode: main.make_stream(config, replay, mode),
-        lambda: elements.Logger(counter, []),
+        lambda: elements.Logger(counter, [lambda lines: None]),
     )
     thread = threading.Thread(target=lambda: embodied.run.train(*parts, args), daemon=True)
     thread.start()
-    while not started.wait(1):
-        assert thread.is_alive(), "the official training loop ended before its first update"
-    gate.clear()
+
+    def await_it(event: threading.Event) -> None:
+        while not event.wait(1):
+            assert thread.is_alive(), "the official training loop has ended"
 
     def once() -> None:
-        until = int(counter) + job["steps"]
-        gate.set()
-        while int(counter) < until:
-            assert thread.is_alive(), "the official training loop has ended"
-            time.sleep(1e-3)
-        gate.clear()
+        until[0] += job["steps"]
+        arrived.clear()
+        released.set()
+        await_it(arrived)
 
+    await_it(learned)
+    until[0] = int(counter)
+    await_it(arrived)
     return once, {"jax": jax.__version__}
 
 

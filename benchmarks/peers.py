@@ -12,8 +12,10 @@ ratios of medians. A peer that cannot be had here is in it too, with the reason 
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -89,6 +91,7 @@ class Worker:
                 stderr=file,
                 text=True,
                 env={**os.environ, "PYTHONPATH": paths},
+                start_new_session=True,
             )
 
     def hear(self) -> Any:
@@ -112,7 +115,8 @@ class Worker:
         return self.hear()
 
     def close(self) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # and the processes of its environments
         self.process.communicate()
 
 
