@@ -14,6 +14,7 @@ takes more memory than there is, or more time than `--budget`, is left out with 
 import argparse
 import dataclasses
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ def environments(counts: list[int], size: str, repeats: int, dtype: str) -> dict
         took = statistics.median(run.seconds(repeats))
         points.append({"envs": count, "seconds_per_step": took / run.program.iterations})
         points[-1]["steps_per_second"] = run.steps / took
-    first = points[0]["steps_per_second"] / points[0]["envs"]
     for point in points:
-        point["efficiency"] = point["steps_per_second"] / point["envs"] / first
+        linear = points[0]["steps_per_second"] / points[0]["envs"] * point["envs"]
+        point["efficiency"] = point["steps_per_second"] / linear
     return {"axis": "envs", "size": size, "points": points, "left_out": left_out}
 
 
@@ -80,19 +81,25 @@ def seeds(
         runs[count], times[count] = run, run.seconds(1)
     for count in runs:
         times[count].clear()
+    processor = dict.fromkeys(runs, 0.0)
     for _ in range(repeats):
         for count, run in runs.items():
+            start = time.process_time()
             times[count] += run.seconds(1)
+            processor[count] += (time.process_time() - start) / repeats
     medians = {count: statistics.median(times[count]) for count in runs}
-    first = next(iter(runs))
+    first = next(iter(runs), 1)
     points = [
         {
             "seeds": count,
             "seconds_per_update": took,
+            # Of all cores, which other work on the machine inflates less.
+            "processor_seconds_per_update": processor[count],
             "seed_updates_per_second": count / took,
             "efficiency": medians[first] / first / (took / count),
             # Of as many programs of one seed.
             "cost": took / count / (medians[first] / first),
+            "processor_cost": processor[count] / count / (processor[first] / first),
         }
         for count, took in medians.items()
     ]
@@ -146,6 +153,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     """The curves, and linear growth from their first points."""
     from matplotlib.figure import Figure
 
+    lines = [line for line in lines if line["points"]]
     figure = Figure(figsize=(4 * len(lines), 3.6), layout="constrained")
     for line, axes in zip(lines, figure.subplots(1, len(lines), squeeze=False)[0], strict=True):
         points, axis = line["points"], line["axis"]

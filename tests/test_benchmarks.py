@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from benchmarks import compile_time, loop, memory, peers, scaling, throughput
 from benchmarks.roofline import carried_steps, count, demands, floor
 from jaxwm import nets
 from jaxwm.recipes import dreamer_v3
+from jaxwm.types import JaxwmError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,6 +88,13 @@ def test_demands_of_an_update():
     assert have == pytest.approx(demand["product_flops"] / 1e9 + 17e-3)
 
 
+@pytest.fixture
+def reusing():
+    """Benchmarks repeat an update with the same key: its numbers do not matter."""
+    with jax.debug_key_reuse(False):
+        yield
+
+
 def test_a_loop_that_learns_and_one_that_collects():
     # 2 environments, 4 iterations, and 3 rows trained on for each step, of 2 * 6 in an update.
     run = loop.Run(loop.training("debug", 2, ratio=3, batch=2, length=6), 4)
@@ -103,26 +112,41 @@ def test_a_loop_that_learns_and_one_that_collects():
     assert run.updates == 0 and int(run.state.clock.cursor.written) == 4 * 30
 
 
-def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(loop, "footprint", lambda compiled: 2**60)
-    line = scaling.environments([2], "debug", 1, "auto")
-    assert line["points"] == [] and "GiB" in line["left_out"][2]
+class Standin:
+    """A run whose chunks take 1 s, and 0.5 s more for each environment or seed beyond the first."""
+
+    updates = 1
+
+    def __init__(self, config, iterations, single=None):
+        if config.envs == 64:
+            raise JaxwmError("it needs 9 GiB")
+        self.program = SimpleNamespace(iterations=iterations)
+        self.steps = iterations * config.envs
+        self.took = 1 + 0.5 * ((config.seeds if single else config.envs) - 1)
+
+    def __call__(self):
+        pass
+
+    def seconds(self, repeats):
+        return [self.took] * repeats
 
 
-def test_scaling_is_measured_against_the_first_point(tmp_path):
+def test_scaling_is_measured_against_the_first_point(tmp_path, monkeypatch, reusing):
+    monkeypatch.setattr(scaling, "Run", Standin)
     lines = [
-        scaling.environments([1, 2], "debug", 1, "auto"),
-        scaling.seeds([1, 2, 4096], "debug", 2, 6, 2, "auto", budget=5),
+        scaling.environments([1, 3, 64], "debug", 1, "auto"),
+        scaling.seeds([1, 3, 4096], "debug", 2, 6, 2, "auto", budget=1000),
         scaling.sizes(["debug", "size400m"], 2, 6, 1, "auto", budget=0.1),
     ]
-    one, two = lines[0]["points"]
-    assert one["efficiency"] == 1
-    assert two["efficiency"] == pytest.approx(two["steps_per_second"] / one["steps_per_second"] / 2)
-    one, two = lines[1]["points"]
-    assert two["cost"] == pytest.approx(two["seconds_per_update"] / one["seconds_per_update"] / 2)
-    assert two["efficiency"] == pytest.approx(1 / two["cost"])
+    # Three times the steps in twice the time; but chunks of 16,384 and of 3 * 5,461 steps.
+    one, three = lines[0]["points"]
+    assert one["efficiency"] == 1 and three["efficiency"] == pytest.approx(0.5, rel=1e-3)
+    assert lines[0]["left_out"] == {64: "it needs 9 GiB"}
+    one, three = lines[1]["points"]
+    assert three["cost"] == pytest.approx(2 / 3) and three["efficiency"] == pytest.approx(3 / 2)
+    assert lines[1]["left_out"].keys() == {4096}
     assert [point["size"] for point in lines[2]["points"]] == ["debug"]
-    assert lines[1]["left_out"].keys() == {4096} and lines[2]["left_out"].keys() == {"size400m"}
+    assert lines[2]["left_out"].keys() == {"size400m"}
     scaling.draw(lines, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
@@ -140,7 +164,7 @@ def test_memory_of_a_row_and_of_an_update():
     assert held["slow_critic"] < held["parameters"] and held["temporary"] > held["batch"]
 
 
-def test_stages_of_compiling():
+def test_stages_of_compiling(reusing):
     compiled, took = compile_time.stages(jax.jit(lambda x: x + 1), jnp.zeros(3))
     assert compiled(jnp.zeros(3)).tolist() == [1, 1, 1]
     assert took.keys() == {"trace_seconds", "lower_seconds", "compile_seconds"}
@@ -149,14 +173,14 @@ def test_stages_of_compiling():
     assert compile_time.first_chunk("debug", 2, 2, 6)["trace_seconds"] > 0
 
 
-def test_throughput_of_several_sizes_and_batches(tmp_path, monkeypatch):
+def test_a_line_names_machine_date_and_versions(tmp_path, monkeypatch, reusing):
     out = tmp_path / "lines.jsonl"
-    words = "throughput --size debug --batch 2 3 --length 6 --repeats 1 --no-loop --out"
+    words = "throughput --size debug --batch 2 --length 6 --repeats 1 --no-loop --out"
     monkeypatch.setattr(sys, "argv", [*words.split(), str(out)])
     throughput.main()
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["batch"] for line in lines] == [[2, 6], [3, 6]]
-    assert all({"device", "date", "load", "jax", "jaxwm"} <= line.keys() for line in lines)
+    (line,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert line["batch"] == [2, 6] and line["seconds_per_update"] > 0
+    assert {"device", "date", "load", "jax", "jaxwm"} <= line.keys()
 
 
 WORKER = """
