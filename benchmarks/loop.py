@@ -26,6 +26,7 @@ from jaxwm.replay import ReplayConfig, check_fits
 from jaxwm.types import Env
 
 ENV = "gymnax/CartPole-v1"
+WORK = ("training", "collecting")
 
 
 def footprint(compiled: Any) -> int:
@@ -115,6 +116,7 @@ def measure(run: Run, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", nargs="+", default=WORK, choices=WORK)
     parser.add_argument("--size", default="size1m", help="a size of dreamer_v3, to train")
     parser.add_argument("--envs", type=int, default=16, help="environments of the training")
     parser.add_argument("--ratio", type=float, default=32, help="rows trained on per step")
@@ -122,17 +124,23 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=8, help="in a chunk of the training")
     parser.add_argument("--collect-size", default="nano", help="a size of dreamer_v3, to collect")
-    parser.add_argument("--collect-envs", type=int, nargs="*", default=[16, 64, 256, 1024])
+    parser.add_argument("--collect-envs", type=int, nargs="+", default=[16, 64, 256, 1024])
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=10, help="chunks that count")
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
-    config = training(args.size, args.envs, args.ratio, args.batch, args.length, args.dtype)
-    run = Run(config, args.iterations)
-    while run.updates == 0:  # fill the replay
+    learns = (args.size, args.envs, args.ratio, args.batch, args.length, args.dtype)
+    runs = [("training", training(*learns), args.iterations)]
+    for envs in args.collect_envs:
+        config = collecting(args.collect_size, envs, dtype=args.dtype)
+        runs.append(("collecting", config, max(8, 16_384 // envs)))
+    for work, config, iterations in runs:
+        if work not in args.work:
+            continue
+        run = Run(config, iterations)
         run()
-    runs = [("training", config, run)]
-    for work, config, run in [*runs, *_collections(args)]:
+        while work == "training" and run.updates == 0:  # fill the replay
+            run()
         line = {
             "work": work,
             "env": config.env,
@@ -144,15 +152,6 @@ def main() -> None:
             **measure(run, args.repeats),
         }
         emit(line | machine(), args.out)
-
-
-def _collections(args: argparse.Namespace) -> Any:
-    """Runs that collect, made one after the other and stepped once."""
-    for envs in args.collect_envs:
-        config = collecting(args.collect_size, envs, dtype=args.dtype)
-        run = Run(config, max(8, 16_384 // envs))
-        run()
-        yield "collecting", config, run
 
 
 if __name__ == "__main__":
