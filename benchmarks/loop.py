@@ -76,21 +76,24 @@ class Run:
 
 
 def training(
-    size: str, envs: int, ratio: float, batch: int = 16, length: int = 64, dtype: str = "auto"
+    size: str,
+    envs: int,
+    ratio: float,
+    batch: int = 16,
+    length: int = 64,
+    dtype: str = "auto",
+    capacity: int = 100_000,
 ) -> RunConfig:
     """A run that learns."""
     agent: Any = dataclasses.replace(dreamer_v3.agent(size), dtype=dtype)
-    replay = ReplayConfig(capacity=100_000, batch_size=batch, batch_length=length)
-    replay = dataclasses.replace(replay, train_ratio=ratio)
+    replay = ReplayConfig(capacity, batch, length, ratio)
     return RunConfig(env=ENV, size=size, agent=agent, envs=envs, replay=replay)
 
 
 def collecting(size: str, envs: int, rows: int = 128, dtype: str = "auto") -> RunConfig:
     """A run that never learns, with a replay of so many rows for each environment."""
-    config = training(size, envs, ratio=1, dtype=dtype)
-    # So small a ratio counts as none.
-    replay = dataclasses.replace(config.replay, capacity=rows * envs, train_ratio=1e-9)
-    return dataclasses.replace(config, replay=replay)
+    # So small a train ratio counts as none.
+    return training(size, envs, ratio=1e-9, dtype=dtype, capacity=rows * envs)
 
 
 def measure(run: Run, repeats: int) -> dict[str, Any]:
