@@ -161,8 +161,9 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
             x, y = [p["seeds"] for p in points], [p["cost"] for p in points]
             axes.plot(x, y, "o-")
             axes.axhline(1, color="0.7", linestyle="--", label="as many programs of one seed")
-            axes.set(xscale="log", xlabel="seeds", ylabel="time of an update for each seed")
-            axes.set(ylim=(0, None), title=f"{line['size']}, one seed alone is 1")
+            axes.set_xscale("log", base=2)
+            axes.set(xlabel="seeds", ylabel="time of an update for each seed", ylim=(0, None))
+            axes.set_title(f"{line['size']}, one seed alone is 1")
         else:
             what = "steps_per_second" if axis == "envs" else "flops_per_second"
             x = [p["envs" if axis == "envs" else "parameters"] for p in points]
