@@ -13,6 +13,7 @@ RUN ?= runs/demo
 DEMO ?= train dreamer_v3 --preset cartpole
 TESTS ?= tests
 WORKERS ?= 2
+RESULTS ?= benchmarks/results
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test lint format notebooks bench clean
@@ -42,8 +43,12 @@ format: $(DEV) ## rewrite files in the project's style
 notebooks: $(DEV) ## run every notebook from top to bottom
 	$(PY) -m pytest tests/test_notebooks.py
 
-bench: $(RUNTIME) ## measure throughput; results go to benchmarks/results
-	$(PY) -m benchmarks.throughput --out benchmarks/results/throughput.jsonl
+bench: $(RUNTIME) ## measure speed, scaling and memory; a quarter of an hour on two cores
+	$(PY) -m benchmarks.throughput --size nano size1m --obs vector image --no-loop --out $(RESULTS)/throughput.jsonl
+	$(PY) -m benchmarks.loop --collect-envs 16 1024 --out $(RESULTS)/loop.jsonl
+	$(PY) -m benchmarks.scaling --envs 1 64 1024 8192 --seeds 1 8 --sizes nano size1m --out $(RESULTS)/scaling.jsonl
+	$(PY) -m benchmarks.memory --sizes nano size1m size12m --out $(RESULTS)/memory.jsonl
+	$(PY) -m benchmarks.compile_time --sizes nano --out $(RESULTS)/compile_time.jsonl
 
 clean: ## remove the environment, caches and build outputs; runs/ stays
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* build dist

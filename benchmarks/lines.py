@@ -1,5 +1,6 @@
 """What benchmarks share: the clock, and lines of JSON that name the machine they are from."""
 
+import datetime
 import json
 import os
 import platform
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
+
+from jaxwm import __version__
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
@@ -23,13 +27,16 @@ def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def machine() -> dict[str, Any]:
-    """Hardware, its present load, and versions."""
+    """Hardware, its present load, the date, and versions."""
     return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "machine": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
+        "jaxwm": __version__,
         "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
         "python": platform.python_version(),
     }
 

@@ -1,7 +1,8 @@
-"""Throughput of one update, of acting, and of the whole on-device loop; one JSON line.
+"""Throughput of one update, of acting, and of the whole on-device loop.
 
-    python -m benchmarks.throughput --size size1m --obs vector
-    python -m benchmarks.throughput --size size1m --obs image
+    python -m benchmarks.throughput --size nano size1m --obs vector image --batch 16
+
+One line of JSON for each size, kind of observation and batch.
 
 The work is the reference's: 16 windows of 64 rows, dreams of 15 steps from all 1,024 latents;
 24 numbers as observation and 6 continuous actions, or 64x64 colour images and 6 choices. The
@@ -10,6 +11,7 @@ data are synthetic: the cost does not depend on them.
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -19,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.lines import emit, machine, seconds
-from jaxwm import train
+from benchmarks.loop import Run, measure
 from jaxwm.agent import AgentConfig, compute_dtype, make_agent
 from jaxwm.envs import wrappers
 from jaxwm.recipes import RunConfig, dreamer_v3
@@ -88,62 +90,42 @@ def measure_loop(config: RunConfig, obs: str, updates: int, repeats: int) -> dic
     """The compiled loop of environment, replay and updates, with `updates` per chunk."""
     per_update = config.replay.batch_size * config.replay.batch_length
     iterations = int(updates * per_update / (config.replay.train_ratio * config.envs))
-    program = train.build(config, iterations, synthetic(obs))
-    state = program.init()
-    start = time.perf_counter()
-    chunk = program.compile()
-    compile_seconds = time.perf_counter() - start
-    while int(state.clock.updates) == 0:  # fill the replay
-        state, _ = chunk(state)
-    before = int(state.clock.updates)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        state, metrics = chunk(state)
-        jax.block_until_ready(metrics)
-        times.append(time.perf_counter() - start)
-    made = (int(state.clock.updates) - before) / repeats
-    median = statistics.median(times)
-    return {
-        "compile_seconds": compile_seconds,
-        "seconds_per_update": median / made,
-        "updates_per_second": made / median,
-        "env_steps_per_second": iterations * config.envs / median,
-        "train_ratio": config.replay.train_ratio,
-        "envs": config.envs,
-        "temporary_bytes": chunk.memory_analysis().temp_size_in_bytes,
-        "replay_bytes": program.replay.nbytes,
-    }
+    run = Run(config, iterations, synthetic(obs))
+    while run.updates == 0:  # fill the replay
+        run()
+    line = measure(run, repeats)
+    return line | {"train_ratio": config.replay.train_ratio, "envs": config.envs}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="size1m", help="a size of dreamer_v3")
-    parser.add_argument("--obs", default="vector", choices=("vector", "image"))
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", nargs="+", default=["size1m"], help="sizes of dreamer_v3")
+    parser.add_argument("--obs", nargs="+", default=["vector"], choices=("vector", "image"))
+    parser.add_argument("--batch", type=int, nargs="+", default=[16])
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--no-loop", action="store_true", help="the update alone")
-    parser.add_argument("--out", type=Path, help="append the line to this file too")
+    parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
-    agent = dataclasses.replace(dreamer_v3.agent(args.size), dtype=args.dtype)
-    result = {
-        "size": args.size,
-        "obs": args.obs,
-        "batch": [args.batch, args.length],
-        "imagine": agent.behavior.imagine,
-        "dtype": compute_dtype(args.dtype),
-        **machine(),
-        **measure_update(agent, args.obs, args.batch, args.length, args.repeats),
-    }
-    if not args.no_loop:
-        replay = ReplayConfig(
-            capacity=20_000, batch_size=args.batch, batch_length=args.length, train_ratio=512
-        )
-        config = RunConfig(env="synthetic", size=args.size, agent=agent, replay=replay)
-        result["loop"] = measure_loop(config, args.obs, 8, max(2, args.repeats // 4))
-    emit(result, args.out)
+    for size, obs, batch in itertools.product(args.size, args.obs, args.batch):
+        agent = dataclasses.replace(dreamer_v3.agent(size), dtype=args.dtype)
+        result = {
+            "size": size,
+            "obs": obs,
+            "batch": [batch, args.length],
+            "imagine": agent.behavior.imagine,
+            "dtype": compute_dtype(args.dtype),
+            **machine(),
+            **measure_update(agent, obs, batch, args.length, args.repeats),
+        }
+        if not args.no_loop:
+            replay = ReplayConfig(
+                capacity=20_000, batch_size=batch, batch_length=args.length, train_ratio=512
+            )
+            config = RunConfig(env="synthetic", size=size, agent=agent, replay=replay)
+            result["loop"] = measure_loop(config, obs, 8, max(2, args.repeats // 4))
+        emit(result, args.out)
 
 
 if __name__ == "__main__":

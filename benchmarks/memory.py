@@ -1,0 +1,92 @@
+"""Memory by size: a row of replay, parameters, optimiser, and what an update takes in between.
+
+    python -m benchmarks.memory --out benchmarks/results/memory.jsonl
+
+All of it is known before anything runs: shapes say what is stored, and the compiler says what an
+update needs beside it. Nothing is allocated, so sizes larger than the machine can be looked at.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.lines import emit, machine
+from benchmarks.roofline import work
+from benchmarks.throughput import spaces
+from jaxwm.agent import AgentConfig, compute_dtype
+from jaxwm.recipes import dreamer_v3
+from jaxwm.replay import ReplayConfig, replay
+from jaxwm.types import zeros
+
+DTYPES = ("float32", "bfloat16")
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of arrays or of their shapes."""
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def device_bytes() -> int:
+    """The memory of the device, or of the machine where they are the same."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def row_bytes(config: AgentConfig, obs: str) -> dict[str, int]:
+    """Bytes that a row takes in the replay: of its observation, its latent, and the rest of it."""
+    _, _, carry, steps, _ = work(config, obs, 1, 1, shapes=True)
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), steps)
+    memory = replay(ReplayConfig(1000, 1, 64), row, carry)
+    rows, deter, stoch = (nbytes(part) // 1000 for part in memory.shapes)
+    seen = nbytes(jax.eval_shape(lambda: zeros(spaces(obs)[0], ())))
+    parts = {"observation": seen, "deter": deter, "stoch": stoch, "rest": rows - seen}
+    return parts | {"above_observation": deter + stoch + rows - seen}
+
+
+def update_bytes(config: AgentConfig, obs: str, batch: int, length: int) -> dict[str, int]:
+    """Bytes of what is learned, and of what an update takes in between."""
+    agent, state, *rest = work(config, obs, batch, length, shapes=True)
+    compiled = jax.jit(agent.update, donate_argnums=0).lower(state, *rest).compile()
+    return {
+        "parameter_count": sum(x.size for x in jax.tree.leaves(state.params)),
+        "parameters": nbytes(state.params),
+        "slow_critic": nbytes(state.slow),
+        "optimiser": nbytes(state.opt),
+        "batch": nbytes(rest[:-1]),
+        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["nano", *dreamer_v3.DETER])
+    parser.add_argument("--obs", nargs="+", default=["vector", "image"])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="of the update")
+    parser.add_argument("--out", type=Path, help="append the lines to this file too")
+    args = parser.parse_args()
+    for size, obs in itertools.product(args.sizes, args.obs):
+        config = dataclasses.replace(dreamer_v3.agent(size), dtype=args.dtype)
+        rows = {x: row_bytes(dataclasses.replace(config, dtype=x), obs) for x in DTYPES}
+        line = {
+            "size": size,
+            "obs": obs,
+            "batch": [args.batch, args.length],
+            "dtype": compute_dtype(args.dtype),
+            "row_bytes": rows,
+            "bytes": update_bytes(config, obs, args.batch, args.length),
+            "device_bytes": device_bytes(),
+        }
+        emit(line | machine(), args.out)
+
+
+if __name__ == "__main__":
+    main()
