@@ -267,7 +267,7 @@ def fetch(tree: Any) -> Any:
     """Arrays from wherever they lie to numpy, whole; all processes must ask for the same."""
 
     def whole(x: Any) -> Any:
-        if x.is_fully_addressable or x.is_fully_replicated:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return jax.device_get(x)
         return multihost_utils.process_allgather(x, tiled=True)
 

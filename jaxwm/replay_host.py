@@ -75,7 +75,11 @@ def context(buffer: Buffer, env: np.ndarray, start: np.ndarray) -> Packed:
 
 
 def write_back(
-    buffer: Buffer, env: np.ndarray, start: np.ndarray, latents: Packed, taken: np.ndarray
+    buffer: Buffer,
+    env: np.ndarray,
+    start: np.ndarray,
+    latents: Packed,
+    taken: np.ndarray | bool = True,
 ) -> None:
     """Writes the fresh latents (..., T, B) of trained rows, of updates that were taken (...).
 
