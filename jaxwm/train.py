@@ -363,7 +363,7 @@ def _on_device(
     go = jax.jit(chunk, donate_argnums=0)
 
     def shapes() -> TrainState:
-        return mesh.placed(jax.eval_shape(start), layout, leads)
+        return mesh.placed(jax.eval_shape(init, *members_of(config)), layout, leads)
 
     def compiled() -> Chunk:
         program = go.lower(shapes(), NUMBER, TRUTH).compile()
