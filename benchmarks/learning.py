@@ -1,6 +1,6 @@
 """Learning curves side by side: the return of each seed, and an interval over seeds.
 
-    python -m benchmarks.learning --after 6000 device=cartpole-short host=gymnasium-cartpole-short
+    python -m benchmarks.learning --after 8000 device=cartpole-seeds host=gymnasium-cartpole-seeds
 
 Each group is NAME=PREFIX: the files `results/learning/PREFIX*.jsonl`, each of them the
 `metrics.jsonl` of a run of one or more seeds. Of every seed the episodes that ended after a step

@@ -46,7 +46,7 @@ from jaxwm.types import (
 
 
 class Clock(NamedTuple):
-    """Counters, the same for all seeds."""
+    """Counters, the same for all members."""
 
     iteration: Int[Array, ""]
     updates: Int[Array, ""]
