@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
       The exit code: 0, 1 if a checked environment is broken, 2 after bad input, 130 after an
-      interrupt.
+      interrupt, 143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxwm import checkpoint, memory, mesh, plot, sweep, train
+from jaxwm import checkpoint, memory, mesh, plot, stop, sweep, train
 from jaxwm import config as configs
 from jaxwm.agent import Agent
 from jaxwm.config import require
@@ -59,6 +59,7 @@ def run(
       What came of it.
 
     Raises:
+      KeyboardInterrupt, SystemExit: after SIGINT and SIGTERM, once a checkpoint is saved.
       JaxwmError: if the folder is taken, or cannot be resumed; if the configuration does not fit
         the environment or the device; if the environment gives a NaN or an infinity, or the
         training diverges. Checkpoints made before stay as they are.
@@ -138,10 +139,15 @@ def _train(
             folder, config.steps, config.seeds, settings, tensorboard, console, start_step
         )
     stopped = _stopped(state, config)
-    with _memory_in_words(), logs as logger, checkpoint.manager(folder) as saver:
+    with (
+        _memory_in_words(),
+        logs as logger,
+        checkpoint.manager(folder) as saver,
+        stop.asked() as signals,
+    ):
         while step < config.steps:
             before = step
-            state, metrics = _line(program, chunk, state)
+            state, metrics, asked = _line(program, chunk, state, signals)
             step, updates = _counts(state, config)
             if isinstance(program.env, HostEnv) and program.fault(state):
                 # Faulty rows never entered this state, so it is worth keeping.
@@ -152,10 +158,15 @@ def _train(
             metrics["replay/size"] = min(step, capacity * config.envs)
             metrics["memory/process"] = resident_bytes()
             # Metrics first: resuming drops the lines after the checkpoint, and adds none twice.
-            if logger is not None:
+            if logger is not None and step % (program.iterations * config.envs) == 0:
                 logger.write(step, updates, metrics)
-            if step >= config.steps or step // config.save_every > before // config.save_every:
+            due = step // config.save_every > before // config.save_every
+            if due or asked or step >= config.steps:
                 checkpoint.save(saver, step, state, config)
+            if asked:
+                again = f"Go on with `jaxwm resume {folder}`."
+                console.print(f"{stop.name(asked)} at step {step:,}: saved. {again}")
+                stop.leave(asked)
 
     # The rest of the state goes: the replay's memory serves the evaluation.
     params = state.agent.params if program.layout.single else mesh.fetch(state.agent.params)
@@ -168,13 +179,16 @@ _DISPATCH = 2.0
 
 
 def _line(
-    program: train.Program, chunk: train.Chunk, state: train.TrainState
-) -> tuple[train.TrainState, dict[str, Any]]:
-    """A state at the next line of metrics, or at a fault of the environments, and the line."""
+    program: train.Program, chunk: train.Chunk, state: train.TrainState, signals: list[int]
+) -> tuple[train.TrainState, dict[str, Any], int]:
+    """A state at the next line of metrics, and the line.
+
+    It may come before that, at a fault of the environments, or at a signal, which is given too.
+    """
     done = int(state.clock.iteration)
     end = (done // program.iterations + 1) * program.iterations
-    pace, metrics, fault = math.inf, {}, None
-    while done < end and not fault:
+    pace, metrics, fault, asked = math.inf, {}, None, 0
+    while done < end and not fault and not asked:
         # Iterations cost next to nothing before the first update, and are timed anew from there.
         warm = program.replay.warmup
         count = min(end - done, max(1, int(_DISPATCH / pace)))
@@ -184,9 +198,10 @@ def _line(
         metrics = mesh.fetch(metrics)
         pace = max((time.monotonic() - begun) / count, 1e-9)
         done, fault = int(state.clock.iteration), program.fault(state)
+        asked = mesh.agree(signals[0] if signals else 0)
         if done == warm:
             pace = math.inf
-    return state, metrics
+    return state, metrics, asked
 
 
 def resume(folder: Path, steps: int | None = None, **options: Any) -> Summary:

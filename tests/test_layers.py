@@ -17,7 +17,7 @@ FLOORS = [
     {"agent"},
     {"recipes"},
     {"train", "train_host", "mesh", "checkpoint", "log", "evaluate", "policy"},
-    {"memory", "plot", "report", "run", "cli", "__init__", "__main__"},
+    {"memory", "stop", "plot", "report", "run", "cli", "__init__", "__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS, start=1) for name in names}
 STRANGERS = {"envs", "models", "behaviors"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,33 @@ def test_a_broken_evaluation_is_told(tiny, monkeypatch):
     with pytest.raises(JaxwmError, match=r"test/Breaking gave a NaN .* in the evaluation"):
         evaluate(lambda values: agent, env, [{}], tiny, 2)
     assert evaluate(lambda values: agent, env, [{}, {}], tiny, 0).shape == (2, 0)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_rest_is_as_if_there_had_been_none(
+    tiny, finished, tmp_path, monkeypatch, capsys, number, code
+):
+    """It comes as the second line of metrics is written: the run stops within the third one."""
+    monkeypatch.setattr("jaxwm.run._DISPATCH", 0.0)  # dispatches of one iteration
+    told = iter([0, number])
+
+    def resident() -> int:
+        signal.raise_signal(sent) if (sent := next(told, 0)) else None
+        return 1
+
+    monkeypatch.setattr("jaxwm.run.resident_bytes", resident)
+    folder = tmp_path / "run"
+    assert cli.main([*command(tiny).split()[1:], "--run", str(folder)]) == code
+    assert f"{signal.Signals(number).name} at step 84: saved" in capsys.readouterr().out
+    assert checkpoint.latest(folder) == 84
+    assert [line["step"] for line in read_metrics(folder)] == [40, 80]
+    assert cli.main(["resume", str(folder)]) == 0
+    plain = [{k: v for k, v in x.items() if k not in VARYING} for x in read_metrics(folder)]
+    whole = [{k: v for k, v in x.items() if k not in VARYING} for x in read_metrics(finished)]
+    assert plain == whole and len(whole) == 5
+
+
+VARYING = ("time", "memory/process")
 
 
 def wild(config, **changes):
