@@ -60,7 +60,7 @@ def test_bins_average_and_bridge_gaps(tmp_path):
         for i in range(4)
         for seed, value in ((s, ended[s][i]) for s in ended)
     ]
-    steps, values = plot._curves(run_folder(tmp_path / "a", rows), "episode/return")
+    steps, values = plot._curves(run_folder(tmp_path / "a", rows), "episode/return")[""]
     # Four steps, four bins of width 30 / 4 = 7.5: one step in each. The gap of seed 1 at step 10
     # is bridged, (5 + 9) / 2; nothing is made up before its first or after its last episode.
     nan = np.nan
@@ -70,11 +70,20 @@ def test_bins_average_and_bridge_gaps(tmp_path):
 
 def test_long_runs_are_averaged_over_bins(tmp_path):
     rows = [(i, 0, {"loss/total": i % 2}) for i in range(601)]
-    steps, values = plot._curves(run_folder(tmp_path / "a", rows), "loss/total")
+    steps, values = plot._curves(run_folder(tmp_path / "a", rows), "loss/total")[""]
     # 60 bins of 10 steps (the last of 11): means of 5 zeros and 5 ones; 0..9 is 4.5 on average.
     assert values.shape == (1, 60)
     np.testing.assert_allclose(values[0, :-1], 0.5)
     np.testing.assert_allclose(steps[:2], [4.5, 14.5])
+
+
+def test_settings_of_a_sweep_are_curves_of_their_own(tmp_path):
+    rows = [(i, 0, {"setting": x, "loss/total": i}) for i in range(3) for x in ("a=1", "a=2")]
+    curves = plot._curves(run_folder(tmp_path / "a", rows), "loss/total")
+    assert [(name, values.tolist()) for name, (_, values) in curves.items()] == [
+        ("a=1", [[0, 1, 2]]),
+        ("a=2", [[0, 1, 2]]),
+    ]
 
 
 def test_one_point_is_a_curve(tmp_path):

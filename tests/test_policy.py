@@ -73,7 +73,7 @@ def test_a_state_of_another_batch_is_told(policy):
 
 
 def test_a_seed_that_was_not_trained_is_told(finished):
-    with pytest.raises(JaxwmError, match=r"trained 1 seeds .* member is 1"):
+    with pytest.raises(JaxwmError, match=r"trained 1 members .* member is 1"):
         jaxwm.load(finished, member=1)
 
 
