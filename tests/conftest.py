@@ -26,6 +26,15 @@ jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+# Files that take minutes start first: one at the end would leave the other worker without work.
+_LONG = ("test_learning", "test_multi_device", "test_train_host", "test_sweep", "test_train")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(_LONG)))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--parity-dir",

@@ -46,14 +46,15 @@ def config(name: str, updates: int) -> RunConfig:
     # Small observations and rare rewards count little against the KL of a latent, which starts
     # at a nat: let them count more.
     weights = LossWeights(rec=5.0)
-    rate = 2e-3
+    rate, anneal = 2e-3, 0
     if name == "Memory":
         # Only the reward tells that the cue is worth keeping, and only together with the action.
         core, latent = dataclasses.replace(core, deter=64, hidden=64), LatentConfig(2, 4)
         behavior = dataclasses.replace(behavior, imagine=4, entropy=1e-2, unimix=0.01)
         weights = LossWeights(rec=5.0, reward=100.0)
     if name == "Reach":
-        weights, rate = LossWeights(rec=5.0, reward=5.0), 4e-3
+        # Close to the optimum a policy that keeps moving is as often short of it.
+        weights, rate, anneal = LossWeights(rec=5.0, reward=5.0), 4e-3, updates
     if name == "Dials":
         latent = LatentConfig(8, 8)
         behavior = dataclasses.replace(behavior, imagine=3, entropy=1e-2)
@@ -63,7 +64,8 @@ def config(name: str, updates: int) -> RunConfig:
         behavior = dataclasses.replace(behavior, imagine=6, entropy=1e-2)
         weights, rate = LossWeights(rec=500.0, reward=20.0), 3e-3
     model = WorldModelConfig(core, latent, codec, units=32, bins=41, horizon=HORIZON)
-    agent = AgentConfig(model, behavior, weights, OptimConfig(rate, warmup_steps=50))
+    optim = OptimConfig(rate, warmup_steps=50, anneal_steps=anneal)
+    agent = AgentConfig(model, behavior, weights, optim)
     replay = ReplayConfig(capacity=20_000, batch_size=8, batch_length=16, train_ratio=32)
     return RunConfig(
         f"toy/{name}", size="custom", agent=agent, envs=8, replay=replay, steps=4 * updates
