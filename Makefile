@@ -16,10 +16,10 @@ WORKERS ?= 2
 RESULTS ?= benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint format notebooks bench clean
+.PHONY: help setup setup-dev demo test test-devices lint format notebooks bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(RUNTIME) ## install jaxwm into .venv
 
@@ -29,7 +29,10 @@ demo: $(RUNTIME) ## train DreamerV3 on CartPole into runs/demo (SEED=1: other ra
 	$(PY) -m jaxwm.cli $(DEMO) --run $(RUN) --seed $(SEED)
 
 test: $(DEV) ## run the tests, with the coverage gate
-	$(PY) -m pytest $(TESTS) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov
+	$(PY) -m pytest $(TESTS) --ignore=tests/multi_device -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov
+
+test-devices: $(DEV) ## run the tests on eight fake devices and in two processes
+	$(PY) -m pytest tests/multi_device
 
 lint: $(DEV) ## check style and types
 	$(PY) -m ruff check .
