@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import jaxwm
 from jaxwm import checkpoint, cli, envs, train
@@ -18,6 +19,7 @@ from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.report import command
 from jaxwm.run import (
     _memory_in_words,
+    _tell_stopped,
     default_folder,
     evaluate,
     evaluate_run,
@@ -172,27 +174,30 @@ def test_a_signal_saves_and_the_rest_is_as_if_there_had_been_none(
 VARYING = ("time", "memory/process")
 
 
-def wild(config, **changes):
-    """The run with a learning rate that no training survives."""
-    optim = dataclasses.replace(config.agent.optim, learning_rate=1e30, warmup_steps=0)
-    agent = dataclasses.replace(config.agent, optim=optim)
-    return dataclasses.replace(config, agent=agent, **changes)
+def sick(*first: int) -> train.TrainState:
+    """The state of members of which some had an update that was not finite; 0 is none."""
+    counts = np.array(first)
+    health = train.Health(counts.clip(max=1), counts, np.ones_like(counts))
+    return train.TrainState(*[None] * len(train.TrainState._fields))._replace(health=health)
 
 
-def test_a_diverged_training_is_told(tiny, tmp_path):
-    """By its first bad term and update; no checkpoint holds anything that is not finite."""
-    told = r"training of seed 0 diverged at update 2: (loss/\S+|grad_norm) is NaN .* not taken"
-    with pytest.raises(JaxwmError, match=told):
-        run(wild(tiny), tmp_path / "run", quiet=True)
-    with pytest.raises(JaxwmError, match="no checkpoint"):
-        checkpoint.latest(tmp_path / "run")
-
-
-def test_updates_that_are_not_finite_may_be_skipped(tiny, tmp_path):
-    summary = run(wild(tiny, on_divergence="skip"), tmp_path / "run", quiet=True)
-    assert np.isfinite(summary.returns).all()
-    last = read_metrics(tmp_path / "run")[-1]
-    assert last["updates/refused"] == last["updates"] - 1 and "loss/total" not in last
+def test_a_diverged_training_is_told(tiny, capsys):
+    """By its first bad term and update; it ends the run once no member is left."""
+    metrics = dict.fromkeys(["loss/total", "loss/reward", "loss/dyn", "grad_norm"], 0.0)
+    three = dataclasses.replace(tiny, sweep=("entropy=0.1,0.2,0.3",))
+    none, console = np.zeros(3, bool), Console(soft_wrap=True)
+    stopped = _tell_stopped(sick(0, 7, 0), metrics, none, three, console)
+    assert stopped.tolist() == [False, True, False]
+    told = (
+        "training of entropy=0.2 seed 0 diverged at update 7: loss/reward is NaN or infinite. It "
+    )
+    assert told + "learns no more; the others go on." in capsys.readouterr().out
+    _tell_stopped(sick(0, 7, 0), metrics, stopped, three, console)
+    assert not capsys.readouterr().out
+    with pytest.raises(JaxwmError, match=r"entropy=0\.1 .*update 9.*=0\.3 .* 4.* not taken"):
+        _tell_stopped(sick(9, 7, 4), metrics, stopped, three, console)
+    skip = dataclasses.replace(three, on_divergence="skip")
+    assert not _tell_stopped(sick(9, 7, 4), metrics, none, skip, console).any()
 
 
 def test_a_sweep_leaves_curves_and_returns_of_each_setting(tiny, tmp_path, capsys):

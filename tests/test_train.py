@@ -123,6 +123,26 @@ def test_a_chunk_stays_on_the_device(single):
         assert word not in text
 
 
+def test_updates_that_are_not_finite_are_watched_as_by_hand():
+    nan, zero = jnp.nan, jnp.int32(0)
+    good = {"loss/a": 1.0, "loss/b": 2.0, "loss/total": 3.0, "grad_norm": 4.0, "other": nan}
+    good = jax.tree.map(jnp.float32, good)
+    bad = good | {"loss/b": jnp.float32(jnp.inf), "grad_norm": jnp.float32(nan)}
+    account = train.Account(jnp.float32(2), {**good, "other": jnp.float32(0)})
+    health = train.Health(zero, zero, zero)
+    # The seventh update is bad: of a, b and grad_norm the second is its first bad term.
+    taken, after, health = train.watch(bad, account, health, jnp.int32(6), "stop")
+    assert not taken and health == (1, 7, 1)
+    chex.assert_trees_all_equal(after, account)
+    # A good one after it is taken only by who goes on.
+    taken, after, same = train.watch(good, account, health, jnp.int32(7), "stop")
+    assert not taken and same == health and after.taken == 2
+    taken, after, same = train.watch(good, account, health, jnp.int32(7), "skip")
+    assert taken and same == health and after.taken == 3 and after.sums["loss/b"] == 4
+    taken, _, health = train.watch(bad, account, health, jnp.int32(8), "skip")
+    assert not taken and health == (2, 7, 1)
+
+
 def clerk(config, obs_space, action_space, shards) -> Agent:
     """An agent without networks: it counts updates, and the rows of each episode.
 
