@@ -13,10 +13,11 @@ RUN ?= runs/demo
 DEMO ?= train dreamer_v3 --preset cartpole
 TESTS ?= tests
 WORKERS ?= 2
+LONG := tests/test_learning.py tests/multi_device
 RESULTS ?= benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-devices lint format notebooks bench clean
+.PHONY: help setup setup-dev demo test test-long lint format notebooks bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,10 +30,10 @@ demo: $(RUNTIME) ## train DreamerV3 on CartPole into runs/demo (SEED=1: other ra
 	$(PY) -m jaxwm.cli $(DEMO) --run $(RUN) --seed $(SEED)
 
 test: $(DEV) ## run the tests, with the coverage gate
-	$(PY) -m pytest $(TESTS) --ignore=tests/multi_device -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov
+	$(PY) -m pytest $(TESTS) $(LONG:%=--ignore=%) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov
 
-test-devices: $(DEV) ## run the tests on eight fake devices and in two processes
-	$(PY) -m pytest tests/multi_device
+test-long: $(DEV) ## learn the toys to their optimum; train on eight fake devices and in two processes
+	$(PY) -m pytest $(LONG) -n $(WORKERS) --dist loadfile
 
 lint: $(DEV) ## check style and types
 	$(PY) -m ruff check .

@@ -27,7 +27,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 # Files that take minutes start first: one at the end would leave the other worker without work.
-_LONG = ("test_learning", "test_train_host", "test_sweep", "test_train")
+_LONG = ("test_train_host", "test_sweep", "test_train")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
