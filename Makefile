@@ -47,7 +47,7 @@ format: $(DEV) ## rewrite files in the project's style
 notebooks: $(DEV) ## run every notebook from top to bottom
 	$(PY) -m pytest tests/test_notebooks.py
 
-bench: $(RUNTIME) ## measure speed, scaling and memory; a quarter of an hour on two cores
+bench: $(RUNTIME) ## measure speed, scaling, memory and compile time, each in short
 	$(PY) -m benchmarks.throughput --size nano size1m --obs vector image --no-loop --out $(RESULTS)/throughput.jsonl
 	$(PY) -m benchmarks.loop --collect-envs 16 1024 --out $(RESULTS)/loop.jsonl
 	$(PY) -m benchmarks.scaling --envs 1 64 1024 8192 --seeds 1 8 --sizes nano size1m --out $(RESULTS)/scaling.jsonl

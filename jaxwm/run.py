@@ -145,9 +145,10 @@ def _train(
         checkpoint.manager(folder) as saver,
         stop.asked() as signals,
     ):
+        lines = _lines(program, chunk, state, signals)
         while step < config.steps:
             before = step
-            state, metrics, asked = _line(program, chunk, state, signals)
+            state, metrics, asked = next(lines)
             step, updates = _counts(state, config)
             if isinstance(program.env, HostEnv) and program.fault(state):
                 # Faulty rows never entered this state, so it is worth keeping.
@@ -178,30 +179,27 @@ def _train(
 _DISPATCH = 2.0
 
 
-def _line(
+def _lines(
     program: train.Program, chunk: train.Chunk, state: train.TrainState, signals: list[int]
-) -> tuple[train.TrainState, dict[str, Any], int]:
-    """A state at the next line of metrics, and the line.
+) -> Iterator[tuple[train.TrainState, dict[str, Any], int]]:
+    """The state at each line of metrics, with the line; used up by asking for the next.
 
-    It may come before that, at a fault of the environments, or at a signal, which is given too.
+    It may come before a line, at a fault of the environments, or at a signal, which is given too.
     """
-    done = int(state.clock.iteration)
-    end = (done // program.iterations + 1) * program.iterations
-    pace, metrics, fault, asked = math.inf, {}, None, 0
-    while done < end and not fault and not asked:
+    done, warm, pace = int(state.clock.iteration), program.replay.warmup, math.inf
+    while True:
         # Iterations cost next to nothing before the first update, and are timed anew from there.
-        warm = program.replay.warmup
-        count = min(end - done, max(1, int(_DISPATCH / pace)))
+        count = program.iterations - done % program.iterations
+        count = min(count, max(1, int(_DISPATCH / pace)))
         count = mesh.agree(min(count, warm - done) if done < warm else count)
         begun = time.monotonic()
         state, metrics = chunk(state, count, done % program.iterations == 0)
         metrics = mesh.fetch(metrics)
-        pace = max((time.monotonic() - begun) / count, 1e-9)
-        done, fault = int(state.clock.iteration), program.fault(state)
+        done = int(state.clock.iteration)
+        pace = math.inf if done == warm else max((time.monotonic() - begun) / count, 1e-9)
         asked = mesh.agree(signals[0] if signals else 0)
-        if done == warm:
-            pace = math.inf
-    return state, metrics, asked
+        if done % program.iterations == 0 or asked or program.fault(state):
+            yield state, metrics, asked
 
 
 def resume(folder: Path, steps: int | None = None, **options: Any) -> Summary:

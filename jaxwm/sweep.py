@@ -75,7 +75,7 @@ def labels(config: Any) -> list[str]:
     """The setting of each member as "learning_rate=1e-05 entropy=0.0001"; "" without a sweep."""
     rows = [setting for setting in settings(config) for _ in range(config.seeds)]
     return [
-        " ".join(f"{path.rpartition('.')[2]}={value:g}" for path, value in row.items())
+        " ".join(f"{path.rpartition('.')[2]}={value!r}" for path, value in row.items())
         for row in rows
     ]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scripted
 
-from jaxwm import envs, train
+from jaxwm import envs, mesh, train
 from jaxwm.agent import Agent, AgentState
 from jaxwm.envs import wrappers
 from jaxwm.recipes import RunConfig, dreamer_v3
@@ -296,3 +296,14 @@ def test_the_first_fault_of_the_shards_is_told():
     found = wrappers.first_fault(fault, 4)
     # The first seed's fault is in environment 1 of the second shard, the other's in the first.
     assert [x.tolist() for x in found] == [[3, 2], [0, 1], [5, 0]]
+
+
+def test_the_gradients_of_all_two_hot_bins_are_known_by_name(config):
+    """Those of the reward and of the value, kernel and bias; nothing else has bins."""
+    env = train.make_env(config)
+    params = jax.eval_shape(train.agents(config, env)({}).init, jax.random.key(0)).params
+    bins = config.agent.behavior.bins
+    assert bins == config.agent.model.bins
+    found = mesh._at_bins(lambda x: "bins", params)
+    assert jax.tree.map(lambda x: "bins" if x.shape[-1] == bins else x, params) == found
+    assert jax.tree.leaves(found).count("bins") == 4
