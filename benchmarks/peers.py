@@ -48,7 +48,7 @@ class Failure(Exception):
     """Why a peer cannot be measured, in words."""
 
 
-def environment(peer: str, folder: Path, wheels: Path | None) -> Path:
+def environment(peer: str, folder: Path) -> Path:
     """The interpreter of a peer's virtual environment, which is made if it is not there yet."""
     python, stamp = folder / peer / "bin" / "python", folder / peer / "installed.json"
     wanted = json.dumps(REQUIREMENTS[peer])
@@ -56,9 +56,8 @@ def environment(peer: str, folder: Path, wheels: Path | None) -> Path:
         return python
     print(f"Installing {peer} into {folder / peer}.", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder / peer)], check=True)
-    find = ["--find-links", str(wheels)] if wheels else []
     for packages in REQUIREMENTS[peer]:
-        pip = [str(python), "-m", "pip", "install", "--quiet", *find, *packages.split()]
+        pip = [str(python), "-m", "pip", "install", "--quiet", *packages.split()]
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
             raise Failure(f"pip install {packages}: {_last(done.stderr)}")
@@ -191,14 +190,13 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2, help="turns before, not counted")
     parser.add_argument("--compile", action="store_true", help="let sheeprl use torch.compile")
     parser.add_argument("--venvs", type=Path, default=ROOT / ".cache" / "peers")
-    parser.add_argument("--wheels", type=Path, help="a folder of packages that pip may use too")
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
     pythons: dict[str, Path | str] = {"jaxwm": sys.executable}
     absent: dict[str, dict[str, Any]] = {}
     for peer in [*args.peers, *(["reference"] if args.reference else [])]:
         try:
-            pythons[peer] = environment(peer, args.venvs, args.wheels)
+            pythons[peer] = environment(peer, args.venvs)
         except Failure as failure:
             absent[peer] = {"error": str(failure)}
     about = {name: versions(python) for name, python in pythons.items()}

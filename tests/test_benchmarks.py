@@ -214,7 +214,7 @@ def test_peers_take_turns_and_may_be_absent(tmp_path, monkeypatch):
 def test_a_peer_that_pip_refuses_is_told_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "REQUIREMENTS", {"odd": ["--no-index no-such-package-anywhere"]})
     with pytest.raises(peers.Failure, match=r"pip install .*no-such-package-anywhere"):
-        peers.environment("odd", tmp_path, None)
+        peers.environment("odd", tmp_path)
 
 
 def test_this_package_is_measured_in_a_process_of_its_own(tmp_path):
