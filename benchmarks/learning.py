@@ -25,7 +25,7 @@ def returns(file: Path, after: int) -> list[float]:
     """Mean return of the episodes of each of a run's seeds that ended after a step."""
     sums: dict[int, float] = collections.defaultdict(float)
     counts: dict[int, float] = collections.defaultdict(float)
-    for text in file.read_text().splitlines():
+    for text in file.read_text("utf-8").splitlines():
         line = json.loads(text)
         if line["step"] > after and line.get("episode/count"):
             sums[line["seed"]] += line["episode/return"] * line["episode/count"]

@@ -82,7 +82,7 @@ class Worker:
 
     def __init__(self, python: Path | str, job: dict[str, Any], log: Path, paths: str):
         self.log = log
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
                 [str(python), "-P", str(WORKER), json.dumps(job)],
                 stdin=subprocess.PIPE,

@@ -1,12 +1,31 @@
 """Checkpoints: the whole experiment on disk, and back bit for bit.
 
-A checkpoint is a folder RUN/checkpoints/STEP with three parts: "params" (the networks, all that
-acting needs), "rest" (optimiser, replay, environments, counters, keys) and "manifest" (the
-configuration and every leaf's path, type and shape). Leaves are stored by number, so any pytree
-can be stored; the manifest is compared before anything is read or allocated.
+A checkpoint is a folder RUN/checkpoints/STEP, which has this name once it is complete:
+
+- `params`: the networks, all that acting needs;
+- `rest`: optimiser, statistics, environments, counters, keys, and the latents in the replay;
+- `rows-FIRST-STOP`: rows of the replay, counted from the start of the run. Rows never change, so
+  those that an earlier checkpoint has are taken over from it, as hard links where there are such;
+- `MANIFEST.json`: the configuration, every leaf's path, type, shape and checksum, and every file's
+  size and checksum; see `manifest`.
+
+Orbax writes and reads the arrays, by number, so that any pytree can be stored. Which checkpoint is
+the latest is stored nowhere: it is the one with the largest step that agrees with its manifest. Two
+are kept. Each takes its rows over from the one before the last, which goes when the new one is
+complete; so no two share a file, and damage to one never reaches the other.
 """
 
+import concurrent.futures
 import dataclasses
+import errno
+import functools
+import math
+import os
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +35,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from jaxwm.config import differences, from_dict, read, require, to_dict
+from jaxwm import manifest, mesh
+from jaxwm.config import differences, from_dict, read_json, require, to_dict
+from jaxwm.manifest import Damaged
 from jaxwm.recipes import RunConfig
 from jaxwm.types import JaxwmError, Params
 
@@ -25,56 +46,49 @@ KEPT = 2
 # These may change from one part of a run to the next.
 FREE = ("steps", "eval_episodes", "log_every", "save_every", "host", "shard_params")
 _FOLDER = "checkpoints"
-_PARTS = ("params", "rest", "manifest")
+_BEST = "best-"
+# What a save that was ended leaves, in this version and the first; and all that is a checkpoint's.
+_LEFT_OVER = re.compile(r"\.[\w.-]+\.(saving|old)|\d+\.orbax-checkpoint-tmp.*")
+_OURS = re.compile(rf"{_LEFT_OVER.pattern}|\d+|{_BEST}\d+(\.\d+)?|\d+\.damaged(\.\d+)?")
+_MOST_PIECES = 64  # of the replay's rows; beyond, they are written anew as one
 
 
-def manager(run: Path) -> ocp.CheckpointManager:
-    """What `save` writes with; use it in a `with` statement. Keeps the last two checkpoints."""
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=KEPT,
-        cleanup_tmp_directories=True,
-        # The next chunk overwrites the state in place, so a copy to write from later would have
-        # to be made, as large as the replay.
-        enable_async_checkpointing=False,
-    )
-    return ocp.CheckpointManager((run / _FOLDER).resolve(), options=options, item_names=_PARTS)
-
-
-def save(manager: ocp.CheckpointManager, step: int, state: Any, config: RunConfig) -> None:
-    """Writes a checkpoint; it counts only once it is complete.
-
-    Args:
-      manager: from `manager`.
-      step: environment steps of one seed so far.
-      state: the `TrainState`.
-      config: the run.
-    """
-    parts = _split(state)
-    manifest = {name: _describe(part) for name, part in parts.items()}
-    items = {
-        name: ocp.args.StandardSave(
-            {number: _raw(leaf) for number, leaf in _stored(part).items()}  # type: ignore
-        )
-        for name, part in parts.items()
-    }
-    about = ocp.args.JsonSave({"config": to_dict(config), **manifest})  # type: ignore
-    manager.save(step, args=ocp.args.Composite(**items, manifest=about))
+def steps(run: Path) -> list[int]:
+    """The steps of a run's complete checkpoints, ascending; whether they are sound is not known."""
+    try:
+        names = [x.name for x in (run / _FOLDER).iterdir() if x.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(x) for x in names if x.isascii() and x.isdecimal())
 
 
 def latest(run: Path) -> int:
-    """The step of the newest checkpoint of a run.
+    """The step of a run's newest sound checkpoint.
 
     Raises:
       JaxwmError: if the run has none.
     """
-    folder = run / _FOLDER
-    steps = [int(x.name) for x in folder.glob("*") if x.name.isdigit()] if folder.exists() else []
-    require(
-        bool(steps),
-        f"The run {run} has no checkpoint: it was stopped before the first one. Delete the folder "
-        "and train again, with a smaller --save-every if need be.",
-    )
-    return max(steps)
+    for step in reversed(steps(run)):
+        if not faults(run / _FOLDER / str(step)):
+            return step
+    raise _none(run)
+
+
+def faults(
+    folder: Path, parts: tuple[str, ...] | None = None, limit: int | None = None
+) -> list[str]:
+    """What is wrong with a checkpoint's folder; nothing, if it is as it was saved.
+
+    Args:
+      folder: RUN/checkpoints/STEP.
+      parts: the parts to read; by default all.
+      limit: bytes that their files may have.
+    """
+    try:
+        _open(folder, parts, limit)
+    except Damaged as wrong:
+        return [str(wrong)]
+    return []
 
 
 def read_config(run: Path) -> RunConfig:
@@ -89,73 +103,402 @@ def read_config(run: Path) -> RunConfig:
         f"{run} is not the folder of a run: it has no {CONFIG}. Give the folder that `jaxwm train` "
         "named, such as runs/demo.",
     )
-    return read(RunConfig, run / CONFIG)
+    return _configured(read_json(run / CONFIG))
 
 
-def restore(run: Path, like: Any, config: RunConfig) -> Any:
-    """The state of the newest checkpoint, on the device but for what is numpy in `like`.
+def refuse_links(run: Path) -> None:
+    """Raises an error if what is written into a run's folder would go elsewhere."""
+    links = sorted(path.name for path in run.iterdir() if path.is_symlink())
+    require(
+        not links,
+        f"{run} holds links ({', '.join(links)}), and a run writes into its own folder only. Put "
+        "the files themselves there, or let the whole folder be a link.",
+    )
+
+
+def restore(
+    run: Path,
+    like: Any,
+    config: RunConfig,
+    tell: Callable[[str], None] = print,
+    accept: bool = False,
+) -> Any:
+    """The state of the newest sound checkpoint, on the device but for what is numpy in `like`.
 
     Args:
       run: the run's folder.
       like: the shapes of the state, `program.shapes()`.
       config: what the run is now; it may differ from the stored one in `FREE` entries.
+      tell: is given a sentence for every checkpoint that is passed over.
+      accept: whether other entries may differ too, as long as the leaves are the same.
 
     Returns:
       A state of the same type as `like`, ready to be donated to `Program.chunk`.
 
     Raises:
-      JaxwmError: if there is no checkpoint, it cannot be read, or it is another configuration's.
+      JaxwmError: if there is no sound checkpoint, or it is another configuration's.
     """
-    parts = _restore(run, _split(like), config)
-    state = parts["rest"]
-    return state._replace(agent=state.agent._replace(params=parts["params"]))
+    return _newest(
+        run, lambda folder, found: _state(folder, found, like, config, accept), tell, like
+    )
 
 
-def restore_params(run: Path, like: Params, config: RunConfig) -> Params:
-    """The networks of the newest checkpoint; nothing else is read. See `restore`."""
-    return _restore(run, {"params": like}, config)["params"]
+def restore_params(
+    run: Path,
+    like: Params,
+    config: RunConfig,
+    best: bool = False,
+    tell: Callable[[str], None] = print,
+) -> Params:
+    """The networks of the newest sound checkpoint; nothing else is read.
+
+    Args:
+      run: the run's folder.
+      like: their shapes.
+      config: what the run is now.
+      best: take those with the best returns in training instead.
+      tell: is given a sentence for every checkpoint that is passed over.
+
+    Raises:
+      JaxwmError: as `restore` does.
+    """
+
+    def params(folder: Path, found: dict[str, Any]) -> Params:
+        _check(folder, found, {"params": like}, config, accept=False)
+        return _read(folder, found, "params", like)
+
+    return _newest(run, params, tell, like, ("params",), best)
 
 
-def _split(state: Any) -> dict[str, Any]:
-    """The parts of a state that are stored apart."""
-    rest = state._replace(agent=state.agent._replace(params=()))
-    return {"params": state.agent.params, "rest": rest}
+class Saver:
+    """Writes the checkpoints of a run, while the run goes on; use it in a `with` statement.
+
+    A save that fails leaves the earlier checkpoints as they are, and is told.
+
+    Args:
+      run: the run's folder.
+      config: the run.
+      tell: is given a sentence about a save that failed.
+      start: the step that the run goes on from; checkpoints of later ones are damaged, and are set
+        aside.
+    """
+
+    def __init__(
+        self, run: Path, config: RunConfig, tell: Callable[[str], None], start: int | None = None
+    ):
+        self._run, self._config, self._tell = run, config, tell
+        self._folder = _whole(run / _FOLDER)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "saver")
+        self._job: concurrent.futures.Future[None] | None = None
+        self._anew = False
+        self.failed = False
+        if jax.process_index() > 0:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.iterdir():
+            if _LEFT_OVER.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        for step in steps(run):
+            if step > (step if start is None else start):
+                (self._folder / str(step)).rename(_free(self._folder / f"{step}.damaged"))
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+        self._thread.shutdown()
+
+    def wait(self) -> None:
+        """Returns once what was to be saved has reached the disk, or has failed."""
+        if self._job is not None:
+            self._job.result()
+            self._job = None
+
+    def save(self, step: int, state: Any, score: float = math.nan) -> None:
+        """Begins to write a checkpoint, once the one before is written.
+
+        Args:
+          step: environment steps of one seed so far.
+          state: the `TrainState`; it may be overwritten when this returns.
+          score: the mean return of the episodes since the checkpoint before, if any ended.
+        """
+        self.wait()
+        if (self._folder / str(step)).exists():
+            return
+        parts, about, taken = self._prepare(step, state)
+        about["score"] = score if math.isfinite(score) else None
+        write = functools.partial(self._write, step, parts, about, taken)
+        if jax.process_count() > 1:
+            write()  # all of them, at the same time
+        else:
+            self._job = self._thread.submit(write)
+
+    def _prepare(self, step: int, state: Any) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
+        """Copies of what is to be written, what the manifest says, and whose rows to take over."""
+        written, axis = int(state.clock.cursor.written), _axis(state)
+        buffer, capacity = state.buffer, state.buffer.rows.is_first.shape[-1]
+        base, pieces = self._rows_on_disk(written - capacity)
+        first = pieces[-1][1] if pieces else max(0, written - capacity)
+        latents = _take((buffer.deter, buffer.stoch), 0, _rounded(written, state), axis)
+        short = buffer._replace(rows=(), deter=latents[0], stoch=latents[1])
+        whole = {
+            "params": state.agent.params,
+            "rest": _without_params(state)._replace(buffer=short),
+        }
+        about = {
+            "step": step,
+            "config": to_dict(self._config),
+            "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
+            "leaves": {name: _describe(part) for name, part in whole.items()},
+        }
+        parts = {name: _copy(part) for name, part in whole.items()}
+        if written > first:
+            pieces.append([first, written])
+            parts[_piece(first, written)] = _numbered(
+                _take(buffer.rows, first, written - first, axis)
+            )
+        about["replay"] = {"written": written, "pieces": pieces, "leaves": _describe(buffer.rows)}
+        return parts, about, base
+
+    def _rows_on_disk(self, oldest: int) -> tuple[Path | None, list[list[int]]]:
+        """The checkpoint before the last, and its rows, as far as they are not all outdated."""
+        complete = steps(self._run)
+        base, pieces = None, []
+        if len(complete) >= KEPT and not self._anew:
+            base = self._folder / str(complete[-KEPT])
+            try:
+                pieces = _pieces(manifest.read(base)["replay"])
+            except Damaged:
+                base = None
+        pieces = [piece for piece in pieces if piece[1] > oldest]
+        if len(pieces) > _MOST_PIECES:
+            base, pieces = None, []
+        if jax.process_count() > 1:  # the others may have looked at another moment
+            first = mesh.agree(pieces[0][0] if pieces else -1)
+            stop = mesh.agree(pieces[-1][1] if pieces else -1)
+            pieces = pieces if jax.process_index() == 0 else [[first, stop]] * (stop >= 0)
+        return base, pieces
+
+    def _write(
+        self, step: int, parts: dict[str, Any], about: dict[str, Any], base: Path | None
+    ) -> None:
+        work = self._folder / f".{step}.saving"
+        try:
+            self._write_all(work, parts, about, base)
+            if jax.process_index() == 0:
+                work.rename(self._folder / str(step))
+                manifest.settle(self._folder)
+                self._remember_best(step, about["score"])
+                for old in steps(self._run)[:-KEPT]:
+                    _remove(self._folder / str(old))
+            mesh.wait(f"saved {step}")
+            self._anew = self.failed = False
+        except Exception as error:
+            if jax.process_count() > 1:
+                raise
+            self._anew, self.failed = True, True
+            shutil.rmtree(work, ignore_errors=True)
+            there = steps(self._run)
+            stays = f"that of step {there[-1]:,} stays" if there else "there is none yet"
+            self._tell(
+                f"The checkpoint of step {step:,} could not be written to {self._folder}: "
+                f"{_cause(error, self._folder)}. It is tried again at the next one; {stays}."
+            )
+
+    def _write_all(
+        self, work: Path, parts: dict[str, Any], about: dict[str, Any], base: Path | None
+    ) -> None:
+        first = jax.process_index() == 0
+        if first:
+            leaves = [leaf for part in parts.values() for leaf in jax.tree.leaves(part)]
+            needed = sum(leaf.nbytes for leaf in leaves)
+            if shutil.disk_usage(self._folder).free < 1.1 * needed + (1 << 20):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+        mesh.wait(f"begun {work.name}")
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            for name, part in parts.items():
+                checkpointer.save(work / name, args=ocp.args.StandardSave(part))  # type: ignore
+        if not first:
+            return
+        known, sums = {}, {name: _sums(part) for name, part in parts.items()}
+        if base is not None:
+            before = manifest.read(base)
+            sums = before["sums"] | sums
+            for piece in _pieces(about["replay"]):
+                name = _piece(*piece)
+                if name not in parts:
+                    shutil.copytree(base / name, work / name, copy_function=_link)
+                    known |= {x: y for x, y in before["files"].items() if x.startswith(f"{name}/")}
+            sums = {name: x for name, x in sums.items() if (work / name).is_dir()}
+        manifest.settle(self._run / "metrics.jsonl")  # no checkpoint is ahead of the metrics
+        manifest.seal(work, {**about, "sums": sums}, known)
+
+    def _remember_best(self, step: int, score: float | None) -> None:
+        """Keeps the networks of a checkpoint beside it, if their returns are the best so far."""
+        before = {path: _score(path) for path in self._folder.glob(f"{_BEST}*")}
+        if score is None or score <= max(before.values(), default=-math.inf):
+            return
+        work, found = (
+            self._folder / f".{_BEST}{step}.saving",
+            manifest.read(self._folder / str(step)),
+        )
+        shutil.copytree(self._folder / str(step) / "params", work / "params")
+        about = {name: found[name] for name in ("step", "score", "config", "versions")}
+        about |= {name: {"params": found[name]["params"]} for name in ("leaves", "sums")}
+        manifest.seal(work, about)
+        work.rename(_free(self._folder / f"{_BEST}{step}"))
+        for path in before:
+            _remove(path)
 
 
-def _restore(run: Path, parts: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    step = latest(run)
+def prune(run: Path) -> list[str]:
+    """Removes the damaged and the unfinished checkpoints of a run; returns their names."""
+    refuse_links(run)
+    folder, gone = run / _FOLDER, []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        bad = _LEFT_OVER.fullmatch(path.name) or ".damaged" in path.name
+        if _OURS.fullmatch(path.name) and path.is_dir() and (bad or faults(path)):
+            _remove(path)
+            gone.append(path.name)
+    return gone
+
+
+def overview(run: Path) -> list[tuple[str, int, str]]:
+    """Name, bytes and state ("sound", or what is wrong) of whatever a run has of checkpoints."""
+    folder, lines = run / _FOLDER, []
+    names = [str(step) for step in steps(run)]
+    others = sorted(x.name for x in folder.iterdir() if x.is_dir()) if folder.is_dir() else []
+    for name in names + [x for x in others if x not in names]:
+        path = folder / name
+        size = sum(x.lstat().st_size for x in path.rglob("*") if x.is_file())
+        wrong = ["unfinished"] if name.startswith(".") else faults(path)
+        old = not wrong and _is_first_format(path)
+        state = "sound, as far as can be told: it has no checksums" if old else "sound"
+        lines.append((name, size, wrong[0] if wrong else state))
+    return lines
+
+
+def _newest(
+    run: Path,
+    use: Callable[[Path, dict[str, Any]], Any],
+    tell: Callable[[str], None],
+    like: PyTree,
+    parts: tuple[str, ...] | None = None,
+    best: bool = False,
+) -> Any:
+    """What `use` makes of the newest sound checkpoint, or of the best one."""
     folder = run / _FOLDER
+    # Arrays are stored with little around them; rows of the replay perhaps twice.
+    limit = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like)) + (1 << 26)
+    there = [folder / str(step) for step in reversed(steps(run))]
+    if best:
+        there = sorted(folder.glob(f"{_BEST}*"), key=_score, reverse=True)
+        require(bool(there), f"The run {run} has no best checkpoint: no episode has ended yet.")
+    for path in there:
+        wrong = faults(path, parts, limit) if jax.process_index() == 0 else []
+        if not mesh.agree(len(wrong)):  # in several processes the first one judges
+            try:
+                return use(path, _open(path, ()))
+            except Damaged as found:
+                wrong = [str(found)]
+        tell(f"The checkpoint {path} is damaged: {'; '.join(wrong)}. It is passed over.")
+    raise _none(run)
+
+
+def _none(run: Path) -> JaxwmError:
+    there = [f"{run / _FOLDER / str(step)}" for step in steps(run)]
+    if there:
+        return JaxwmError(
+            f"None of the checkpoints of the run {run} is sound ({', '.join(there)}). See `jaxwm "
+            f"checkpoints {run}`; train again in another folder."
+        )
+    return JaxwmError(
+        f"The run {run} has no checkpoint yet: it was stopped before the first one. Begin it again "
+        f"with `jaxwm resume {run}`, with a smaller --save-every if need be."
+    )
+
+
+def _open(
+    folder: Path, parts: tuple[str, ...] | None = None, limit: int | None = None
+) -> dict[str, Any]:
+    """The manifest of a sound checkpoint; raises `Damaged` if it is not."""
+    if _is_first_format(folder):
+        return _first_format(folder)
+    found = manifest.read(folder)
+    manifest.check(folder, found, parts, limit)
+    name = str(found.get("step"))
+    if folder.name not in (name, _BEST + name):
+        raise Damaged(f"it is the checkpoint of step {name}")
+    return found
+
+
+def _state(folder: Path, found: dict[str, Any], like: Any, config: RunConfig, accept: bool) -> Any:
+    """The state in a checkpoint."""
+    if found["format"] == 1:
+        parts = {"params": like.agent.params, "rest": _without_params(like)}
+        _check(folder, found, parts, config, accept)
+        read = {name: _read(folder, found, name, part) for name, part in parts.items()}
+        return _with_params(read["rest"], read["params"])
+    axis, buffer = _axis(like), like.buffer
     try:
-        with ocp.CheckpointManager(folder.resolve(), item_names=_PARTS) as source:
-            manifest = source.restore(
-                step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
-            )["manifest"]
-            _check(folder / str(step), manifest, parts, config)
-            args = {
-                name: ocp.args.StandardRestore(
-                    {number: _place(leaf) for number, leaf in _stored(part).items()}  # type: ignore
-                )
-                for name, part in parts.items()
-            }
-            found = source.restore(step, args=ocp.args.Composite(**args))
-    except JaxwmError:
-        raise
+        written, pieces = int(found["replay"]["written"]), _pieces(found["replay"])
+        rows = dict(found["leaves"], rows=dict(found["replay"]["leaves"]))
+        capacity = like.buffer.rows.is_first.shape[-1]
+        if not all(0 <= a < b <= min(written, a + capacity) for a, b in pieces) or written >> 31:
+            raise ValueError(pieces)
+        size = _rounded(written, like)
+    except manifest.UNREADABLE:
+        raise Damaged("its manifest lacks the replay") from None
+    deter, stoch = (_resized(x, size, axis) for x in (buffer.deter, buffer.stoch))
+    short = buffer._replace(rows=(), deter=deter, stoch=stoch)
+    parts = {"params": like.agent.params, "rest": _without_params(like)._replace(buffer=short)}
+    _check(folder, {**found, "leaves": rows}, {**parts, "rows": buffer.rows}, config, accept)
+    state = _read(folder, found, "rest", parts["rest"])
+    empty = _empty(buffer.deter), _empty(buffer.stoch)
+    deter, stoch = _put(empty, (state.buffer.deter, state.buffer.stoch), 0, axis)
+    filled = jax.tree.map(_empty, buffer.rows)
+    for first, stop in pieces:  # the oldest first: what has replaced a row comes later
+        part = jax.tree.map(lambda x, n=stop - first: _resized(x, n, axis), buffer.rows)
+        filled = _put(filled, _read(folder, found, _piece(first, stop), part), first, axis)
+    state = state._replace(buffer=buffer._replace(rows=filled, deter=deter, stoch=stoch))
+    return _with_params(state, _read(folder, found, "params", parts["params"]))
+
+
+def _read(folder: Path, found: dict[str, Any], name: str, like: PyTree) -> PyTree:
+    """A part of a checkpoint, whose leaves are as they were when it was saved."""
+    stored = {number: _place(leaf) for number, leaf in _numbered(like).items()}
+    path = _whole(folder / name)
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            got = checkpointer.restore(
+                path,
+                args=ocp.args.StandardRestore(stored),  # type: ignore
+            )
     except Exception as error:
-        raise JaxwmError(
-            f"The checkpoint {folder / str(step)} cannot be read ({type(error).__name__}: "
-            f"{str(error)[:200]}). Delete that folder to fall back on the one before it, if any."
-        ) from error
-    return {name: _join(part, found[name]) for name, part in parts.items()}
+        text = f"{type(error).__name__}: {str(error)[:200]}"
+        raise Damaged(f"{name} cannot be read ({text})") from error
+    sums = found.get("sums", {}).get(name, {})
+    for number, leaf in got.items():
+        known = sums.get(number)
+        if known is not None and _is_whole(leaf) and _sum(leaf) != known:
+            raise Damaged(f"leaf {number} of {name} has changed")
+    return _join(like, got)
 
 
-def _check(folder: Path, manifest: Any, parts: dict[str, Any], config: RunConfig) -> None:
+def _check(
+    folder: Path, found: dict[str, Any], parts: dict[str, Any], config: RunConfig, accept: bool
+) -> None:
     """Raises an error unless configuration and leaves are those of the checkpoint."""
-    stored = from_dict(RunConfig, manifest["config"])
+    stored = _configured(found["config"])
     same = dataclasses.replace(stored, **{name: getattr(config, name) for name in FREE})
-    wrong = differences(config, same)
+    changed = [] if accept else differences(config, same)
+    wrong = list(changed)
     if not wrong:
         for name, part in parts.items():
-            here, there = dict(_describe(part)), dict(manifest[name])
+            here, there = dict(_describe(part)), dict(found["leaves"][name])
             wrong += [
                 f"{path}: {here.get(path, 'absent')} here, {there.get(path, 'absent')} there"
                 for path in {**here, **there}
@@ -163,11 +506,43 @@ def _check(folder: Path, manifest: Any, parts: dict[str, Any], config: RunConfig
             ]
     if wrong:
         shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        how = " go on with --accept-changes if they are meant," if changed else ""
         raise JaxwmError(
             f"The checkpoint {folder} is one of another configuration, or was made by another "
-            f"version or on another kind of device. {shown}. Put {CONFIG} back as it was, or "
+            f"version or on another kind of device. {shown}. Put {CONFIG} back as it was,{how} or "
             "start a new run in another folder."
         )
+
+
+def _configured(data: Any) -> RunConfig:
+    """A configuration from JSON, also of earlier versions."""
+    if isinstance(data, dict) and data.get("on_divergence") == "stop":
+        data = {**data, "on_divergence": "abort"}
+    return from_dict(RunConfig, data)
+
+
+def _is_first_format(folder: Path) -> bool:
+    """Whether a checkpoint is one of version 0.1, which had no checksums."""
+    return (folder / "manifest" / "metadata").is_file() and not (folder / manifest.NAME).exists()
+
+
+def _first_format(folder: Path) -> dict[str, Any]:
+    """The manifest of such a checkpoint, as far as it had one."""
+    try:
+        manifest.ordinary(folder)
+        found = read_json(folder / "manifest" / "metadata", manifest.LARGEST)
+        leaves = {name: found[name] for name in ("params", "rest")}
+        return {"format": 1, "step": int(folder.name), "config": found["config"], "leaves": leaves}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise Damaged("its manifest cannot be read") from None
+
+
+def _without_params(state: Any) -> Any:
+    return state._replace(agent=state.agent._replace(params=()))
+
+
+def _with_params(state: Any, params: Params) -> Any:
+    return state._replace(agent=state.agent._replace(params=params))
 
 
 def _describe(tree: PyTree) -> list[list[str]]:
@@ -177,10 +552,86 @@ def _describe(tree: PyTree) -> list[list[str]]:
     return [[path, f"{x.dtype} {tuple(x.shape)}"] for path, x in named]
 
 
-def _stored(tree: PyTree) -> dict[str, Any]:
+def _numbered(tree: PyTree) -> dict[str, Any]:
     """The leaves by number; empty arrays cannot be stored and need not be."""
     leaves = enumerate(jax.tree.leaves(tree))
     return {str(number): leaf for number, leaf in leaves if leaf.size > 0}
+
+
+def _axis(state: Any) -> int:
+    """The axis along which the replay's arrays hold rows."""
+    return state.buffer.rows.is_first.ndim - 1
+
+
+def _rounded(written: int, state: Any) -> int:
+    """Rows of which latents are stored: those that are there, rounded up to an eighth of all.
+
+    Every number of rows is a program to compile, if a small one.
+    """
+    capacity = state.buffer.rows.is_first.shape[-1]
+    eighth = -(-capacity // 8)
+    return min(capacity, -(-written // eighth) * eighth)
+
+
+def _resized(leaf: Any, size: int, axis: int) -> Any:
+    """The shape of a leaf with so many rows; what is numpy stays so, and takes no memory."""
+    shape = (*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
+    if isinstance(leaf, np.ndarray):
+        return np.broadcast_to(np.zeros((), leaf.dtype), shape)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _take(tree: PyTree, first: int, size: int, axis: int) -> PyTree:
+    """Copies of so many rows of rings, from row `first` on, counted from the start of the run."""
+    if isinstance(jax.tree.leaves(tree)[0], np.ndarray):
+        return jax.tree.map(lambda x: x.take((first + np.arange(size)) % x.shape[axis], axis), tree)
+    return _take_on_device(tree, np.int32(first), size, axis)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _take_on_device(tree: PyTree, first: Any, size: int, axis: int) -> PyTree:
+    def take(x: Any) -> Any:
+        return jnp.take(x, (first + jnp.arange(size)) % x.shape[axis], axis, mode="clip")
+
+    return jax.tree.map(take, tree)
+
+
+def _put(tree: PyTree, new: PyTree, first: int, axis: int) -> PyTree:
+    """Rings with the rows `new` from row `first` on; they are overwritten."""
+    if isinstance(jax.tree.leaves(tree)[0], np.ndarray):
+
+        def put(x: Any, new: Any) -> Any:
+            index = (first + np.arange(new.shape[axis])) % x.shape[axis]
+            x[(*(slice(None),) * axis, index)] = new
+            return x
+
+        return jax.tree.map(put, tree, new)
+    return _put_on_device(tree, new, np.int32(first), axis)
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _put_on_device(tree: PyTree, new: PyTree, first: Any, axis: int) -> PyTree:
+    def put(x: Any, new: Any) -> Any:
+        index = (first + jnp.arange(new.shape[axis])) % x.shape[axis]
+        return x.at[(*(slice(None),) * axis, index)].set(new, unique_indices=True)
+
+    return jax.tree.map(put, tree, new)
+
+
+def _copy(tree: PyTree) -> dict[str, Any]:
+    """Copies of the leaves, by number: the next dispatch overwrites the leaves themselves."""
+    raw = {number: _raw(leaf) for number, leaf in _numbered(tree).items()}
+    here = {number: np.array(leaf) for number, leaf in raw.items() if not _is_jax(leaf)}
+    return here | _copy_on_device({number: x for number, x in raw.items() if _is_jax(x)})
+
+
+@jax.jit
+def _copy_on_device(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _is_jax(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array)
 
 
 def _is_key(leaf: Any) -> bool:
@@ -197,8 +648,18 @@ def _place(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
     if isinstance(leaf, np.ndarray):
         return leaf
     raw = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    where = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=where)
+    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=_where(leaf))
+
+
+def _where(leaf: Any) -> Any:
+    return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _empty(leaf: Any) -> Any:
+    """Zeros like a shape, or in numpy like an array."""
+    if isinstance(leaf, np.ndarray):
+        return np.zeros(leaf.shape, leaf.dtype)
+    return jnp.zeros(leaf.shape, leaf.dtype, device=_where(leaf))
 
 
 def _join(like: PyTree, found: dict[str, Any]) -> PyTree:
@@ -206,11 +667,80 @@ def _join(like: PyTree, found: dict[str, Any]) -> PyTree:
     leaves, tree = jax.tree.flatten(like)
     full = []
     for number, leaf in enumerate(leaves):
-        value: Any = found.get(str(number))
-        if value is None:
-            if isinstance(leaf, np.ndarray):
-                value = np.zeros(leaf.shape, leaf.dtype)
-            else:
-                value = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        value: Any = found[str(number)] if leaf.size > 0 else _empty(leaf)
         full.append(jax.random.wrap_key_data(value) if _is_key(leaf) else value)
     return jax.tree.unflatten(tree, full)
+
+
+def _sums(part: dict[str, Any]) -> dict[str, int]:
+    """Checksums of leaves by number, of those that are here whole."""
+    return {number: _sum(leaf) for number, leaf in part.items() if _is_whole(leaf)}
+
+
+def _is_whole(leaf: Any) -> bool:
+    return not _is_jax(leaf) or leaf.is_fully_addressable
+
+
+def _sum(leaf: Any) -> int:
+    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+
+
+def _piece(first: int, stop: int) -> str:
+    return f"rows-{first}-{stop}"
+
+
+def _pieces(replay: dict[str, Any]) -> list[list[int]]:
+    return [[int(first), int(stop)] for first, stop in replay["pieces"]]
+
+
+def _score(folder: Path) -> float:
+    try:
+        return float(manifest.read(folder)["score"])
+    except (Damaged, *manifest.UNREADABLE):
+        return -math.inf
+
+
+def _whole(path: Path) -> Path:
+    """The whole path of a folder that Orbax is to use, which takes UTF-8 and nothing else."""
+    path = path.resolve()
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise JaxwmError(
+            f"The name of {path} has letters that are none in {sys.getfilesystemencoding()}, which "
+            "is this system's encoding of names. Set PYTHONUTF8=1, or give the folder another name."
+        ) from None
+    return path
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link, or a copy where there are none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, which is gone for others from the first moment on."""
+    gone = folder.with_name(f".{folder.name}.old")
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _free(path: Path) -> Path:
+    """The path, or if it is taken one like it."""
+    taken = 0
+    found = path
+    while found.exists():
+        taken += 1
+        found = path.with_name(f"{path.name}.{taken}")
+    return found
+
+
+def _cause(error: Exception, folder: Path) -> str:
+    """Why a save failed, in words."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
+        return f"no space left, {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

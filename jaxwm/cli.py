@@ -1,4 +1,4 @@
-"""The command line: `jaxwm train`, `resume`, `eval`, `plot`, `compare` and `envs`.
+"""The command line: `jaxwm train`, `resume`, `eval`, `checkpoints`, `plot`, `compare` and `envs`.
 
 Bad input is told in one paragraph, with exit code 2. jax is imported only once a command needs
 it, so that help and typing errors do not wait for it.
@@ -12,11 +12,15 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from jaxwm import lock
+from jaxwm.stop import at_once
 
 _HELP = """\
 usage: jaxwm COMMAND ...
@@ -27,6 +31,7 @@ commands:
   train RECIPE      train an agent, evaluate it and write a summary
   resume RUN        go on with a run from its newest checkpoint
   eval RUN          play episodes with a trained agent
+  checkpoints RUN   list, verify, prune or export the checkpoints of a run
   plot RUN ...      draw the learning curves of runs
   compare RUN ...   draw and judge runs beside the published curve of their task
   envs [SUITE]      list the environments
@@ -52,12 +57,20 @@ def main(argv: list[str] | None = None) -> int:
       argv: the words after `jaxwm`; by default those of the process.
 
     Returns:
-      The exit code: 0, 1 if a checked environment is broken, 2 after bad input, 130 after an
-      interrupt, 143 after SIGTERM.
+      The exit code: 0, 1 if what was checked is broken, 2 after bad input or if the run had to
+      end, 130 after an interrupt, 143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may have letters that it does not take
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return _dispatch(argv)
+        code = _dispatch(argv)
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:  # whoever read along has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("jaxwm: interrupted; `jaxwm resume` goes on from a checkpoint", file=sys.stderr)
         return 130
@@ -91,8 +104,9 @@ def _dispatch(argv: list[str]) -> int:
         raise UsageError(_unknown(name, _COMMANDS, "command"))
     _keep_compiled_programs()
     try:
-        _COMMANDS[name](words)
-    except SystemExit as stop:  # after --help, or a check that found something
+        with at_once():
+            _COMMANDS[name](words)
+    except SystemExit as stop:  # after --help, a signal, or a check that found something
         return int(stop.code or 0)
     return 0
 
@@ -128,6 +142,8 @@ def _train(words: list[str]) -> None:
     _load_own(known.env)
     default = recipes()[recipe](known.env, known.size, known.variant, known.preset)
     config = _configure(recipe, default, words, parser.flags())
+    if known.run is not None and known.process in (None, 0):
+        lock.check(known.run)
     from jaxwm.run import run
 
     run(config, known.run, tensorboard=known.tensorboard)
@@ -159,15 +175,19 @@ def _resume(words: list[str]) -> None:
     parser = _Parser("resume", "go on with a run from its newest checkpoint")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--steps", type=int, help="environment steps to reach, if not as before")
+    accept = "go on with a configuration that was changed since the checkpoint was made"
+    parser.add_argument("--accept-changes", action="store_true", help=accept)
     parser.add_argument("--tensorboard", action="store_true", help="write event files too")
     parser.add_argument("--env", help=_OWN_HELP)
     _add_processes(parser)
     known = parser.parse_all(words)
+    if known.process in (None, 0):
+        lock.check(known.run)
     _join_processes(known)
     _load_own(known.env)
     from jaxwm.run import resume
 
-    resume(known.run, known.steps, tensorboard=known.tensorboard)
+    resume(known.run, known.steps, accept=known.accept_changes, tensorboard=known.tensorboard)
 
 
 def _eval(words: list[str]) -> None:
@@ -183,6 +203,43 @@ def _eval(words: list[str]) -> None:
 
     returns = evaluate_run(known.run, known.episodes, known.seed)
     print("\n".join(evaluation_lines(returns, read_config(known.run))))
+
+
+def _checkpoints(words: list[str]) -> None:
+    parser = _Parser("checkpoints", "list the checkpoints of a run, and do something with them")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    what = "list them (default); verify: exit with 1 if any is damaged; prune: remove those that "
+    what += "are damaged or unfinished; export: write the networks as safetensors and JSON"
+    actions = ["list", "verify", "prune", "export"]
+    parser.add_argument("action", nargs="?", default="list", choices=actions, help=what)
+    parser.add_argument("folder", type=Path, nargs="?", help="where an export goes")
+    parser.add_argument("--best", action="store_true", help="export those with the best returns")
+    known = parser.parse_all(words)
+    if (known.action == "export") != (known.folder is not None):
+        raise UsageError(
+            "An export, and only that, needs a folder: jaxwm checkpoints RUN export FOLDER."
+        )
+    from jaxwm import checkpoint
+    from jaxwm.memory import size
+
+    checkpoint.read_config(known.run)
+    if known.action == "export":
+        from jaxwm.weights import export
+
+        print(export(known.run, known.folder, best=known.best))
+        return
+    if known.action == "prune":
+        with lock.hold(known.run):
+            gone = checkpoint.prune(known.run)
+        print(f"Removed: {', '.join(gone)}." if gone else "There is nothing to remove.")
+        return
+    lines = checkpoint.overview(known.run)
+    for name, count, state in lines:
+        print(f"{name:>12}  {size(count):>8}  {state}")
+    if not lines:
+        print(f"{known.run} has no checkpoint yet.")
+    if known.action == "verify" and not all(x[2].startswith("sound") for x in lines):
+        raise SystemExit(1)
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:
@@ -293,6 +350,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "resume": _resume,
     "eval": _eval,
+    "checkpoints": _checkpoints,
     "plot": _plot,
     "compare": _compare,
     "envs": _envs,
@@ -397,10 +455,10 @@ def _keep_compiled_programs() -> None:
     """Lets jax keep compiled programs from one process to the next, where that is possible."""
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    folder = Path.home() / ".cache" / "jaxwm" / "xla"
     try:
+        folder = Path.home() / ".cache" / "jaxwm" / "xla"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: nobody knows where home is
         return
     if os.access(folder, os.W_OK):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)

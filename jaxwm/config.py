@@ -5,8 +5,12 @@ path of the key, so a stored configuration means what it says.
 """
 
 import dataclasses
+import errno
 import json
 import math
+import os
+import stat
+import sys
 import types
 import typing
 from pathlib import Path
@@ -23,8 +27,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def write(config: Any, path: Path) -> None:
-    """Writes a dataclass as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    """Writes a dataclass as JSON; whoever reads the file finds all of it, or what was there."""
+    fresh = path.with_suffix(".tmp")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(to_dict(config), indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
 
 
 def read(cls: type[T], path: Path) -> T:
@@ -33,13 +42,57 @@ def read(cls: type[T], path: Path) -> T:
     Raises:
       JaxwmError: if the file is not there, is not JSON, or does not describe a `cls`.
     """
+    return from_dict(cls, read_json(path))
+
+
+def read_json(path: Path, limit: int = 1 << 20) -> Any:
+    """The JSON in a file.
+
+    Args:
+      path: the file.
+      limit: bytes that it may have; JSON takes many times its size in memory.
+
+    Raises:
+      JaxwmError: if it is no ordinary file, larger than that, or not JSON.
+    """
+    raw = read_bytes(path, limit)
     try:
-        data = json.loads(path.read_text())
+        return json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise JaxwmError(f"{path} is not JSON: {error}.") from None
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """What is in a file that may come from anybody: it is an ordinary one, and not too large.
+
+    Raises:
+      JaxwmError: if there is no such file, it is a link, a pipe or a device, or it has more than
+        `limit` bytes.
+    """
+    try:
+        # Opening a pipe would wait for a writer, and a link may lead anywhere.
+        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise JaxwmError(f"There is no configuration at {path}.") from None
-    except json.JSONDecodeError as error:
-        raise JaxwmError(f"The configuration {path} is not JSON: {error}.") from None
-    return from_dict(cls, data)
+        raise JaxwmError(f"There is no file {path}.") from None
+    except OSError as error:
+        link = error.errno == errno.ELOOP
+        why = "it is a link; put the file itself there" if link else error.strerror
+        raise JaxwmError(f"{path} cannot be read: {why}.") from None
+    try:
+        found = os.fstat(number)
+        require(stat.S_ISREG(found.st_mode), f"{path} cannot be read: it is no ordinary file.")
+        require(
+            found.st_size <= limit,
+            f"{path} has {found.st_size:,} bytes; it should have no more than {limit:,}.",
+        )
+        with open(number, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(number)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def from_dict(cls: type[T], data: Any, path: str = "") -> T:
@@ -131,7 +184,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert(inner, value, path)
     elif origin is tuple and isinstance(value, list):
         return tuple(_convert(args[0], part, f"{path}[{i}]") for i, part in enumerate(value))
-    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+    elif hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     else:
         ok = isinstance(value, hint) and (hint is bool) == isinstance(value, bool)

@@ -10,8 +10,9 @@ of the file (`episode/return` is NaN where no episode ended since the last write
 
 `metrics.jsonl` holds one JSON object per write and member (seed, and setting of a sweep): `step`
 (environment steps of one member), `updates`, `seed` (counted from 0), `setting` (of a sweep),
-`time` (seconds of training, over all resumes), then the metrics. It is appended and flushed at
-every write, so a killed run loses at most a half last line.
+`time` (seconds of training, over all resumes), then the metrics. Lines are appended at every write,
+so a killed run loses at most a half last line. Those that a full disk does not take are kept, and
+written later.
 """
 
 import collections
@@ -68,7 +69,7 @@ class Logger:
         clock: Callable[[], float] = time.monotonic,
     ):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _FILE
+        path = self._path = folder / _FILE
         kept = []
         if resume_step is not None:
             kept = _drop_after(path, resume_step)
@@ -80,7 +81,8 @@ class Logger:
         self._total, self._seeds, self._clock = total_steps, seeds, clock
         self._settings, self._count = settings, len(settings) or seeds
         self._start = clock() - (kept[-1].get("time", 0.0) if kept else 0.0)
-        self._file = path.open("a", encoding="utf-8")
+        self._waiting = b""
+        self._open()
         self._board = _board(folder) if tensorboard else None
         self._console = console or Console()
         self._bar = _bar(self._console) if self._console.is_terminal else None
@@ -124,8 +126,9 @@ class Logger:
             line["time"] = round(now - self._start, 3)
             line |= {k: _number(v[i]) for k, v in columns.items() if np.isfinite(v[i])}
             lines.append(json.dumps(line, allow_nan=False) + "\n")
-        self._file.write("".join(lines))
-        self._file.flush()
+        self._waiting += "".join(lines).encode()
+        if not self.flush():
+            self._console.print(f"{self._path} takes no more; its lines are kept for later.")
         if self._board:
             _write_board(self._board, step, columns, self._names())
         self._marks.append((now, step, updates))
@@ -134,8 +137,28 @@ class Logger:
         self._line = self._summary(columns.get("loss/total"))
         self._tell(step, now)
 
+    def flush(self) -> bool:
+        """Whether all lines are in the file now; if not, none of those that were waiting is."""
+        done = 0
+        try:
+            while done < len(self._waiting):
+                done += self._file.write(self._waiting[done:])
+        except OSError:
+            self._file.truncate(self._size)
+            return False
+        self._size, self._waiting = self._size + done, b""
+        return True
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines after a step, where the run begins again."""
+        self._file.close()
+        self._waiting = b""
+        _drop_after(self._path, step)
+        self._open()
+
     def close(self) -> None:
         """Tells the last line if it was held back, and closes the files."""
+        self.flush()
         if self._bar:
             self._bar.stop()
         elif not self._told:
@@ -143,6 +166,10 @@ class Logger:
         if self._board:
             self._board.close()
         self._file.close()
+
+    def _open(self) -> None:
+        self._file = self._path.open("ab", buffering=0)
+        self._size = self._path.stat().st_size
 
     def _names(self) -> list[str]:
         """What tells each member from the others; "" if there is only one."""

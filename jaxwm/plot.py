@@ -5,6 +5,7 @@ Figures are drawn on a canvas of their own: no window opens and no global backen
 matplotlib is imported where a figure is made, because importing it takes most of a second.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def learning_curve(runs: Sequence[Path], path: Path, metric: str = "episode/retu
     if not runs:
         raise JaxwmError("There is nothing to plot: give at least one run folder.")
     curves = [
-        (" ".join(filter(None, (Path(run).name, setting))), *curve)
+        (_plain(" ".join(filter(None, (Path(run).name, setting)))), *curve)
         for run in runs
         for setting, curve in _curves(Path(run), metric).items()
     ]
@@ -354,10 +355,22 @@ def _clean(axes: Any) -> None:
     axes.tick_params(color=_CONTEXT, labelcolor=_INK, labelsize=9)
 
 
+def _plain(name: str) -> str:
+    """A name as a label that shows it as it is: no formula, and not left out of the legend."""
+    name = name.encode("utf-8", "replace").decode().replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
 def _save(figure: Any, path: Path) -> Path:
     kinds = figure.canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in kinds:
         raise JaxwmError(f"{path} should end in .png, .pdf, .svg or another picture's suffix.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI if path.suffix == ".png" else 200)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            # Names of runs may have letters that the font lacks: it draws boxes for them.
+            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+            figure.savefig(path, dpi=_DPI if path.suffix == ".png" else 200)
+    except OSError as error:
+        raise JaxwmError(f"The picture {path} cannot be written: {error.strerror}.") from None
     return path

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import checkpoint, sweep, train
+from jaxwm import checkpoint, sweep, weights
 from jaxwm.agent import Agent, make_agent
 from jaxwm.config import require
 from jaxwm.recipes import RunConfig
@@ -108,10 +108,10 @@ class Policy:
 
 
 def load(run: str | Path, seed: int = 0, member: int = 0) -> Policy:
-    """The policy of a run's newest checkpoint.
+    """The policy of a run's newest checkpoint, or of weights that were exported from one.
 
     Args:
-      run: the run's folder.
+      run: the run's folder, or one that `jaxwm checkpoints RUN export` wrote.
       seed: determines the random draws of latents and actions.
       member: which of those that were trained side by side, counted from 0: setting by setting
         of a sweep, each with all its seeds.
@@ -120,7 +120,7 @@ def load(run: str | Path, seed: int = 0, member: int = 0) -> Policy:
       A `Policy`.
 
     Raises:
-      JaxwmError: if the folder is not a run, has no checkpoint, or there is no such member.
+      JaxwmError: if the folder is neither, has no sound checkpoint, or there is no such member.
     """
     config = checkpoint.read_config(Path(run))
     require(
@@ -136,16 +136,11 @@ def load(run: str | Path, seed: int = 0, member: int = 0) -> Policy:
 
 def trained(run: Path, config: RunConfig) -> tuple[Env | HostEnv, list[Params]]:
     """The single environment of a run, and the parameters of each of its members."""
-    env = train.make_env(config)
-    agent = make_agent(config.agent, env.obs_space, env.action_space)
-
-    def init() -> Params:
-        make = lambda key: agent.init(key).params  # noqa: E731
-        if config.members == 1:
-            return make(jax.random.key(0))
-        return jax.vmap(make)(jax.random.split(jax.random.key(0), config.members))
-
-    params = checkpoint.restore_params(run, jax.eval_shape(init), config)
+    env, like = weights.shapes(config)
+    if weights.is_exported(run):
+        params = weights.read(run, like)
+    else:
+        params = checkpoint.restore_params(run, like, config)
     return env, apart(params, config.members)
 
 

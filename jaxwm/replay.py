@@ -304,6 +304,6 @@ def _host_bytes() -> int:
     """The memory of this machine, or of the container that this process is confined to."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text("utf-8")))
     except (OSError, ValueError):  # another system, or "max"
         return machine

@@ -6,6 +6,7 @@
 import importlib.metadata
 import json
 import platform
+import shlex
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +56,7 @@ def versions() -> dict[str, str]:
 
 def write_versions(folder: Path) -> None:
     """Writes `versions.json`."""
-    (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+    (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", "utf-8")
 
 
 def command(config: RunConfig) -> str:
@@ -95,7 +96,7 @@ def write_summary(
     Returns:
       The file.
     """
-    folder, found = summary.folder, versions()
+    folder, found, quoted = summary.folder, versions(), shlex.quote(str(summary.folder))
     seeds = f", {config.seeds} seeds side by side" if config.seeds > 1 else ""
     if config.sweep:
         seeds += f", {config.members // config.seeds} settings of {' '.join(config.sweep)}"
@@ -135,9 +136,9 @@ Evaluation: {evaluation}.
 
 ## What next
 
-    jaxwm resume {folder} --steps {2 * summary.steps}
-    jaxwm eval {folder} --episodes 100
-    jaxwm plot {folder}
+    jaxwm resume {quoted} --steps {2 * summary.steps}
+    jaxwm eval {quoted} --episodes 100
+    jaxwm plot {quoted}
 
 In Python:
 
@@ -148,7 +149,8 @@ In Python:
 The configuration is in `{checkpoint.CONFIG}`, the metrics are in `metrics.jsonl`.
 """
     path = folder / SUMMARY
-    path.write_text(text, encoding="utf-8")
+    # A folder's name may be bytes that are no letters in the locale; they stay as they are.
+    path.write_text(text, "utf-8", "surrogateescape")
     return path
 
 

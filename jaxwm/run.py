@@ -1,7 +1,7 @@
 """A run from start to end: train, save, resume, evaluate, and leave pictures and a summary.
 
-A run's folder holds `config.json`, `versions.json`, `metrics.jsonl`, `checkpoints/` and, once
-it has ended, `curve.png`, `dream.png` and `SUMMARY.md`.
+A run's folder holds `config.json`, `versions.json`, `metrics.jsonl`, `lock`, `checkpoints/` and,
+once it has ended, `curve.png`, `dream.png` and `SUMMARY.md`.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxwm import checkpoint, memory, mesh, plot, stop, sweep, train
+from jaxwm import checkpoint, lock, memory, mesh, plot, stop, sweep, train
 from jaxwm import config as configs
 from jaxwm.agent import Agent
 from jaxwm.config import require
@@ -31,6 +31,8 @@ from jaxwm.types import Env, HostEnv, JaxwmError, Key, Params, is_image
 
 # A dream is pictured over at most so many rows, the first few of which the model sees.
 _ROWS, _CONTEXT, _TRIES = 50, 5, 8
+# So often a run goes back to the same checkpoint, before it gives up.
+_ATTEMPTS = 3
 
 
 def run(
@@ -38,6 +40,7 @@ def run(
     folder: Path | None = None,
     *,
     resume: bool = False,
+    accept: bool = False,
     tensorboard: bool = False,
     quiet: bool = False,
 ) -> Summary:
@@ -51,7 +54,8 @@ def run(
       config: the run.
       folder: where it goes; by default `runs/` and a name made of recipe, environment, size and
         seed.
-      resume: go on from the newest checkpoint in `folder`.
+      resume: go on from the newest sound checkpoint in `folder`; from the start if there is none.
+      accept: go on even if the checkpoint was made with another configuration.
       tensorboard: write TensorBoard event files too.
       quiet: print nothing.
 
@@ -60,11 +64,14 @@ def run(
 
     Raises:
       KeyboardInterrupt, SystemExit: after SIGINT and SIGTERM, once a checkpoint is saved.
-      JaxwmError: if the folder is taken, or cannot be resumed; if the configuration does not fit
-        the environment or the device; if the environment gives a NaN or an infinity, or the
-        training diverges. Checkpoints made before stay as they are.
+      JaxwmError: if the folder is taken or in use, or cannot be resumed; if the configuration does
+        not fit the environment or the device; if the environment gives a NaN or an infinity, or
+        the training diverges; if the last checkpoint cannot be written. Checkpoints made before
+        stay as they are.
     """
     folder = folder or default_folder(config)
+    if jax.process_index() == 0:
+        lock.check(folder)
     if resume:
         _check_resumable(folder, config)
     else:
@@ -78,31 +85,41 @@ def run(
         "--log-every.",
     )
     first = jax.process_index() == 0
-    console = Console(quiet=quiet or not first, highlight=False, markup=False, soft_wrap=True)
-    console.print(_headline(config, program, folder))
+    console = _Console(quiet=quiet or not first, highlight=False, markup=False, soft_wrap=True)
     mesh.wait("checked")  # before the first process writes into the folder
-
-    try:
-        params, step, updates, compile_seconds = _train(
-            program, config, folder, resume, tensorboard, console
-        )
-    finally:
-        program.close()
-    env, members = train.make_env(config), apart(params, config.members)
-    console.print("Trained. Evaluating, and drawing curve and dream.")
-    returns = evaluate(program.agent_of, env, members, config, config.eval_episodes)
-    lines = evaluation_lines(returns, config) if returns.size else []
-    for line in lines:
-        console.print(line)
-    seconds = read_metrics(folder)[-1]["time"] if first else math.nan
-    summary = Summary(folder, step, updates, returns, seconds, compile_seconds)
-    if not first:
+    with lock.hold(folder) if first else contextlib.nullcontext():
+        if first and not resume:
+            _refuse_used(folder)  # another run may have come and gone
+        console.print(_headline(config, program, folder))
+        try:
+            params, step, updates, compile_seconds = _train(
+                program, config, folder, resume, accept, tensorboard, console
+            )
+        finally:
+            program.close()
+        env, members = train.make_env(config), apart(params, config.members)
+        console.print("Trained. Evaluating, and drawing curve and dream.")
+        returns = evaluate(program.agent_of, env, members, config, config.eval_episodes)
+        lines = evaluation_lines(returns, config) if returns.size else []
+        for line in lines:
+            console.print(line)
+        seconds = read_metrics(folder)[-1]["time"] if first else math.nan
+        summary = Summary(folder, step, updates, returns, seconds, compile_seconds)
+        if not first:
+            return summary
+        drawn = program.agent_of(sweep.settings(config)[0])
+        pictures = draw(folder, drawn, env, members[0], config)
+        write_summary(config, summary, lines, pictures, program.replay.nbytes * config.shards)
+        console.print(f"The summary is in {folder / SUMMARY}.")
         return summary
-    drawn = program.agent_of(sweep.settings(config)[0])
-    pictures = draw(folder, drawn, env, members[0], config)
-    write_summary(config, summary, lines, pictures, program.replay.nbytes * config.shards)
-    console.print(f"The summary is in {folder / SUMMARY}.")
-    return summary
+
+
+class _Console(Console):
+    """A console that falls silent when whoever read along has gone: that ends no run."""
+
+    def on_broken_pipe(self) -> None:
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 def _train(
@@ -110,6 +127,7 @@ def _train(
     config: RunConfig,
     folder: Path,
     resume: bool,
+    accept: bool,
     tensorboard: bool,
     console: Console,
 ) -> tuple[Params, int, int, float]:
@@ -119,18 +137,16 @@ def _train(
         chunk = program.compile()
         used = memory.use(program, chunk)
         memory.check(used)
-        if resume:
-            state = program.resume(checkpoint.restore(folder, program.shapes(), config))
-        else:
-            state = program.init()
+        state = _state(program, config, folder, console, accept) if resume else program.init()
         jax.block_until_ready(state)
     compile_seconds = time.monotonic() - start
     _check_rows(program, state, "at the start")
     step, updates = _counts(state, config)
     console.print(f"Compiled in {compile_seconds:.1f} s. {memory.line(used)}")
+    if step:
+        console.print(f"Going on from step {step:,}, after {updates:,} updates.")
     logs: Any = contextlib.nullcontext()
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         configs.write(config, folder / checkpoint.CONFIG)
         write_versions(folder)
         settings = sweep.labels(config) if config.sweep else []
@@ -138,11 +154,11 @@ def _train(
         logs = Logger(
             folder, config.steps, config.seeds, settings, tensorboard, console, start_step
         )
-    stopped = _stopped(state, config)
+    stopped, attempts, returns = _stopped(state, config), 0, (0.0, 0.0)
     with (
         _memory_in_words(),
         logs as logger,
-        checkpoint.manager(folder) as saver,
+        checkpoint.Saver(folder, config, console.print, step) as saver,
         stop.asked() as signals,
     ):
         lines = _lines(program, chunk, state, signals)
@@ -152,26 +168,83 @@ def _train(
             step, updates = _counts(state, config)
             if isinstance(program.env, HostEnv) and program.fault(state):
                 # Faulty rows never entered this state, so it is worth keeping.
-                checkpoint.save(saver, step, state, config)
+                saver.save(step, state)
             _check_rows(program, state, f"before step {step}")
+            if config.on_divergence == "rollback" and _refused(state).any():
+                attempts += 1
+                _tell_attempt(state, metrics, attempts, config, console)
+                saver.wait()
+                state = _state(program, config, folder, console, accept, attempts)
+                step, updates = _counts(state, config)
+                if logger is not None:
+                    logger.rewind(step)
+                lines, returns = _lines(program, chunk, state, signals), (0.0, 0.0)
+                continue
             stopped = _tell_stopped(state, metrics, stopped, config, console)
             capacity = config.replay.rows_per_env(config.envs)
             metrics["replay/size"] = min(step, capacity * config.envs)
             metrics["memory/process"] = resident_bytes()
             # Metrics first: resuming drops the lines after the checkpoint, and adds none twice.
-            if logger is not None and step % (program.iterations * config.envs) == 0:
-                logger.write(step, updates, metrics)
+            if step % (program.iterations * config.envs) == 0:
+                returns = _add_returns(returns, metrics)
+                if logger is not None:
+                    logger.write(step, updates, metrics)
             due = step // config.save_every > before // config.save_every
             if due or asked or step >= config.steps:
-                checkpoint.save(saver, step, state, config)
+                if mesh.agree(int(logger is None or logger.flush())):
+                    saver.save(step, state, returns[0] / returns[1] if returns[1] else math.nan)
+                    attempts, returns = 0, (0.0, 0.0)
+                else:
+                    saver.failed = True
             if asked:
+                saver.wait()
                 again = f"Go on with `jaxwm resume {folder}`."
-                console.print(f"{stop.name(asked)} at step {step:,}: saved. {again}")
+                done = "not saved; the run goes on from before." if saver.failed else "saved."
+                console.print(f"{stop.name(asked)} at step {step:,}: {done} {again}")
                 stop.leave(asked)
+        saver.wait()
+        require(
+            not saver.failed,
+            f"The run has made its {step:,} steps, but its last checkpoint could not be written. "
+            f"Make room on the disk of {folder}, and end it with `jaxwm resume {folder}`.",
+        )
 
     # The rest of the state goes: the replay's memory serves the evaluation.
     params = state.agent.params if program.layout.single else mesh.fetch(state.agent.params)
     return params, step, updates, compile_seconds
+
+
+def _state(
+    program: train.Program,
+    config: RunConfig,
+    folder: Path,
+    console: Console,
+    accept: bool,
+    attempt: int = 0,
+) -> train.TrainState:
+    """The state that a run goes on from, with other random numbers in each further attempt."""
+    if mesh.agree(len(checkpoint.steps(folder))):
+        like = program.shapes()
+        state = checkpoint.restore(folder, like, config, console.print, accept)
+        state = program.resume(state)
+    else:
+        console.print(f"{folder} has no checkpoint yet: the run begins again from its start.")
+        state = program.init()
+    if not attempt:
+        return state
+
+    def other(key: Key) -> Key:
+        fold = lambda key: jax.random.fold_in(key, _ROLLBACK + attempt)  # noqa: E731
+        return fold(key) if config.members == 1 else jax.vmap(fold)(key)
+
+    return state._replace(key=jax.jit(other, out_shardings=state.key.sharding)(state.key))
+
+
+def _add_returns(sums: tuple[float, float], metrics: dict[str, Any]) -> tuple[float, float]:
+    """Sum and count of the returns of all members' episodes, after a line of metrics."""
+    count = np.asarray(metrics["episode/count"], float)
+    total = np.where(count > 0, np.asarray(metrics["episode/return"], float) * count, 0.0)
+    return sums[0] + float(total.sum()), sums[1] + float(count.sum())
 
 
 # A dispatch lasts about so many seconds: long enough that asking for it costs nothing, and short
@@ -210,7 +283,7 @@ def resume(folder: Path, steps: int | None = None, **options: Any) -> Summary:
     Args:
       folder: the run's folder.
       steps: environment steps per seed to reach, instead of what the run was started with.
-      options: `tensorboard` and `quiet` of `run`.
+      options: `accept`, `tensorboard` and `quiet` of `run`.
 
     Returns:
       What came of it. A run that has reached its steps is evaluated once more.
@@ -357,7 +430,7 @@ def draw(
 
 
 # Apart from the keys of the training, which are made of the same seed.
-_EVALUATION, _DREAM = 0x45564C, 0x44524D
+_EVALUATION, _DREAM, _ROLLBACK = 0x45564C, 0x44524D, 0x524F4C
 
 
 def _decimal(value: float | np.floating) -> str:
@@ -404,7 +477,8 @@ def _refuse_used(folder: Path) -> None:
 
 def _check_resumable(folder: Path, config: RunConfig) -> None:
     checkpoint.read_config(folder)
-    done = checkpoint.latest(folder)
+    checkpoint.refuse_links(folder)
+    done = max(checkpoint.steps(folder), default=0)
     require(
         config.steps >= done,
         f"{folder} has made {done} steps already, so it cannot be resumed up to {config.steps}. "
@@ -419,10 +493,33 @@ def _check_rows(program: train.Program, state: train.TrainState, when: str) -> N
         raise JaxwmError(f"The run was stopped {when}: {message} Checkpoints made before are kept.")
 
 
+def _refused(state: train.TrainState) -> np.ndarray:
+    """Which members (M,) have had an update that was not finite."""
+    return np.atleast_1d(mesh.fetch(state.health.refused)) > 0
+
+
 def _stopped(state: train.TrainState, config: RunConfig) -> np.ndarray:
     """Which members (M,) have diverged and learn no more."""
-    refused = np.atleast_1d(mesh.fetch(state.health.refused))
-    return (refused > 0) & (config.on_divergence == "stop")
+    return _refused(state) & (config.on_divergence == "abort")
+
+
+def _diverged(
+    state: train.TrainState, metrics: dict[str, Any], which: np.ndarray, config: RunConfig
+) -> list[str]:
+    """A sentence for each of those members."""
+    health = jax.tree.map(np.atleast_1d, mesh.fetch(state.health))
+    terms, names = train.watched(metrics), _names(config)
+    return [
+        f"The training of {names[i]} diverged at update {health.first[i]}: {terms[health.term[i]]} "
+        "is NaN or infinite."
+        for i in np.flatnonzero(which)
+    ]
+
+
+_CURE = (
+    "That update was not taken, and checkpoints made before are kept. Lower "
+    "--agent.optim.learning-rate (now {:g}), look at the scale of the rewards, or {}."
+)
 
 
 def _tell_stopped(
@@ -434,22 +531,32 @@ def _tell_stopped(
 ) -> np.ndarray:
     """Which members have diverged; tells of new ones, and raises an error once all have."""
     stopped = _stopped(state, config)
-    health = jax.tree.map(np.atleast_1d, mesh.fetch(state.health))
-    terms, names = train.watched(metrics), _names(config)
-    told = [
-        f"The training of {names[i]} diverged at update {health.first[i]}: {terms[health.term[i]]} "
-        "is NaN or infinite."
-        for i in np.flatnonzero(stopped & (stopped.all() | ~before))
-    ]
+    told = _diverged(state, metrics, stopped & (stopped.all() | ~before), config)
     if stopped.all():
-        raise JaxwmError(
-            f"{' '.join(told)} That update was not taken, and checkpoints made before are kept. "
-            f"Lower --agent.optim.learning-rate (now {config.agent.optim.learning_rate:g}), look "
-            "at the scale of the rewards, or pass over such updates with --on-divergence skip."
-        )
+        how = "try --on-divergence skip or rollback"
+        cure = _CURE.format(config.agent.optim.learning_rate, how)
+        raise JaxwmError(f"{' '.join(told)} {cure}")
     for text in told:
         console.print(f"{text} It learns no more; the others go on.")
     return stopped
+
+
+def _tell_attempt(
+    state: train.TrainState,
+    metrics: dict[str, Any],
+    attempt: int,
+    config: RunConfig,
+    console: Console,
+) -> None:
+    """Tells why the run goes back to its newest checkpoint, or raises an error after some times."""
+    told = " ".join(_diverged(state, metrics, _refused(state), config))
+    if attempt > _ATTEMPTS:
+        cure = _CURE.format(config.agent.optim.learning_rate, "try --on-divergence skip")
+        raise JaxwmError(f"{told} The run had gone back {_ATTEMPTS} times in vain. {cure}")
+    console.print(
+        f"{told} The run goes back to its newest checkpoint, with other random numbers (attempt "
+        f"{attempt} of {_ATTEMPTS})."
+    )
 
 
 @contextlib.contextmanager

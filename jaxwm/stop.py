@@ -1,12 +1,43 @@
 """Signals that ask a run to stop: the first is remembered, a second one acts at once."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Ends the process at a signal, with the exit code 128 + its number, while the body runs.
+
+    Not even a long compilation, which Python's own handlers wait for, puts it off. Only the first
+    thread can have this; for others nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    source, sink = os.pipe()
+    os.set_blocking(sink, False)
+
+    def listen() -> None:
+        while number := os.read(source, 1):
+            if number[0] in SIGNALS:
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"jaxwm: ended by {name(number[0])}", file=sys.stderr, flush=True)
+                os._exit(128 + number[0])
+        os.close(source)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        with _handled(lambda number, frame: None, sink):
+            yield
+    finally:
+        os.close(sink)
 
 
 @contextlib.contextmanager
@@ -19,21 +50,27 @@ def asked() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before: dict[int, Any] = {}
+    with contextlib.ExitStack() as handling:
 
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        restore()  # whoever asks twice wants it now
+        def note(number: int, frame: Any) -> None:
+            received.append(number)
+            handling.close()  # whoever asks twice wants it now
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    try:
-        before.update({number: signal.signal(number, note) for number in SIGNALS})
+        handling.enter_context(_handled(note))
         yield received
+
+
+@contextlib.contextmanager
+def _handled(handler: Any, sink: int = -1) -> Iterator[None]:
+    """Lets a function handle the signals, and their numbers be written to a pipe at once."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    wake = signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
+    try:
+        yield
     finally:
-        restore()
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def leave(number: int) -> None:

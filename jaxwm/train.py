@@ -523,10 +523,10 @@ def watch(
       account: the account of metrics before it.
       health: the account of refused updates before it.
       updates: updates made before it.
-      on_divergence: "stop" takes no update after one that was not finite, "skip" goes on.
+      on_divergence: "skip" goes on after one that was not finite, anything else takes no more.
     """
     bad = jnp.stack([~jnp.isfinite(metrics[name]) for name in watched(metrics)])
-    stopped = (health.refused > 0) & (on_divergence == "stop")
+    stopped = (health.refused > 0) & (on_divergence != "skip")
     refused = bad.any() & ~stopped
     taken = ~bad.any() & ~stopped
     first = refused & (health.refused == 0)

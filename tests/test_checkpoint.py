@@ -1,9 +1,12 @@
 """The whole experiment comes back bit for bit, or an error says why not."""
 
 import dataclasses
+import json
+import pathlib
 import shutil
 import subprocess
 import sys
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +17,9 @@ import pytest
 from jaxwm import checkpoint, train
 from jaxwm.config import write
 from jaxwm.log import read_metrics
-from jaxwm.run import resume
-from jaxwm.types import JaxwmError
+from jaxwm.replay import Buffer, Cursor
+from jaxwm.train import Clock
+from jaxwm.types import JaxwmError, Step
 
 
 class Agent(NamedTuple):
@@ -27,10 +31,15 @@ class State(NamedTuple):
     key: Any
     agent: Agent
     odd: Any
+    buffer: Buffer
+    clock: Clock
 
 
-def state(scale: int = 1) -> State:
-    """Every kind of leaf that a `TrainState` may hold."""
+CAPACITY, ENVS = 8, 2
+
+
+def state(scale: int = 1, written: int = 3, xp: Any = jnp) -> State:
+    """Every kind of leaf that a `TrainState` may hold, and a replay with so many rows written."""
     params = {"a/b": jnp.arange(6.0).reshape(2, 3) * scale, "c": jnp.float32(0.1)}
     odd = {
         "bfloat16": jnp.array([0.1, -jnp.inf, 3e38], jnp.bfloat16),
@@ -42,7 +51,19 @@ def state(scale: int = 1) -> State:
         "keys": jax.random.split(jax.random.key(3), 2),
         "none": None,
     }
-    return State(jax.random.key(1), Agent(params, (jnp.int32(scale), ())), odd)
+    # Row r of environment e is 100 e + r + 1, and lies at r % CAPACITY.
+    rows = np.zeros((ENVS, CAPACITY), np.float32)
+    for r in range(written):
+        rows[:, r % CAPACITY] = 100 * np.arange(ENVS) + r + 1
+    rows = xp.asarray(rows)
+    flags = rows > 2
+    step = Step(
+        rows * 2, {"o": xp.stack([rows] * 3, -1)}, rows * 0.5, flags, ~flags & (rows > 0), flags
+    )
+    buffer = Buffer(step, rows[..., None] * scale, (rows[..., None] * scale).astype(np.uint8))
+    number = jnp.int32(written)
+    clock = Clock(number, number, number, Cursor(number, number))
+    return State(jax.random.key(1), Agent(params, (jnp.int32(scale), ())), odd, buffer, clock)
 
 
 def bits(tree: Any) -> list[tuple[str, str, tuple[int, ...], bytes]]:
@@ -56,36 +77,97 @@ def bits(tree: Any) -> list[tuple[str, str, tuple[int, ...], bytes]]:
     return [one(path, x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-@pytest.fixture
-def saved(tiny, tmp_path):
-    """A run folder with checkpoints of `state`, the newest at step 3."""
-    write(tiny, tmp_path / "config.json")
-    with checkpoint.manager(tmp_path) as manager:
+def files(folder: pathlib.Path) -> dict[str, int]:
+    """Every file of a folder, by its inode."""
+    return {str(x.relative_to(folder)): x.stat().st_ino for x in folder.rglob("*") if x.is_file()}
+
+
+@pytest.fixture(scope="module")
+def saved_once(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    write(tiny, folder / "config.json")
+    with checkpoint.Saver(folder, tiny, pytest.fail) as saver:
         for step in (1, 2, 3):
-            checkpoint.save(manager, step, state(step), tiny)
-    return tmp_path
+            saver.save(step, state(step, written=step + 1), score=[0.5, 2.0, 1.0][step - 1])
+    return folder
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """A run folder with checkpoints of `state`, the newest at step 3."""
+    return pathlib.Path(shutil.copytree(saved_once, tmp_path / "run"))
 
 
 def test_every_leaf_comes_back_and_two_checkpoints_are_kept(saved, tiny):
-    found = checkpoint.restore(saved, jax.eval_shape(state), tiny)
-    assert bits(found) == bits(state(3))
+    found = checkpoint.restore(saved, jax.eval_shape(state), tiny, pytest.fail)
+    assert bits(found) == bits(state(3, 4))
     assert jax.tree.structure(found) == jax.tree.structure(state())
-    assert sorted(x.name for x in (saved / "checkpoints").iterdir()) == ["2", "3"]
-    assert checkpoint.latest(saved) == 3
+    assert sorted(x.name for x in (saved / "checkpoints").iterdir()) == ["2", "3", "best-2"]
+    assert checkpoint.latest(saved) == 3 and checkpoint.steps(saved) == [2, 3]
     assert checkpoint.read_config(saved) == tiny
+
+
+@pytest.mark.parametrize("xp", [jnp, np], ids=["device", "host"])
+def test_only_new_rows_are_written_and_the_ring_comes_back(tiny, tmp_path, xp):
+    """A checkpoint takes rows over from the one before the last, and shares no file with the last.
+
+    Rows that all have been replaced are left out: of 8, after 30 those before 22.
+    """
+    written = {1: 3, 2: 5, 3: 9, 4: 14, 5: 14, 6: 30}
+    rows = {
+        1: ["0-3"],
+        2: ["0-5"],
+        3: ["0-3", "3-9"],
+        4: ["6-14"],
+        5: ["3-9", "9-14"],
+        6: ["22-30"],
+    }
+    like = jax.eval_shape(state)
+    if xp is np:
+        like = like._replace(buffer=state(xp=np).buffer)
+    with checkpoint.Saver(tmp_path, tiny, pytest.fail) as saver:
+        for step, count in written.items():
+            saver.save(step, state(step, count, xp))
+            saver.wait()
+            folder = tmp_path / "checkpoints" / str(step)
+            assert sorted(x.name for x in folder.glob("rows-*")) == sorted(
+                f"rows-{x}" for x in rows[step]
+            )
+            found = checkpoint.restore(tmp_path, like, tiny, pytest.fail)
+            assert bits(found) == bits(state(step, count, xp))
+            assert isinstance(found.buffer.deter, np.ndarray if xp is np else jax.Array)
+            if step > 1:
+                before = files(tmp_path / "checkpoints" / str(step - 1))
+                assert not set(before.values()) & set(files(folder).values())
+
+
+def test_a_state_may_be_overwritten_as_soon_as_saving_has_begun(tiny, tmp_path):
+    overwrite = jax.jit(lambda x: jax.tree.map(jnp.zeros_like, x), donate_argnums=0)
+    moved = state(1, 4)
+    with checkpoint.Saver(tmp_path, tiny, pytest.fail) as saver:
+        saver.save(1, moved)
+        plain = (moved.agent, moved.buffer, moved.clock)
+        jax.block_until_ready(overwrite(plain))
+    found = checkpoint.restore(tmp_path, jax.eval_shape(state), tiny)
+    assert bits(found) == bits(state(1, 4))
 
 
 def test_parameters_are_read_without_the_rest(saved, tiny):
     shutil.rmtree(saved / "checkpoints" / "3" / "rest")
     like = jax.eval_shape(state).agent.params
-    found = checkpoint.restore_params(saved, like, tiny)
+    found = checkpoint.restore_params(saved, like, tiny, tell=pytest.fail)
     assert bits(found) == bits(state(3).agent.params)
+    best = checkpoint.restore_params(saved, like, tiny, best=True, tell=pytest.fail)
+    assert bits(best) == bits(state(2).agent.params)
+    shutil.rmtree(saved / "checkpoints" / "best-2")
+    with pytest.raises(JaxwmError, match="has no best checkpoint"):
+        checkpoint.restore_params(saved, like, tiny, best=True)
 
 
 def test_a_run_may_be_made_longer_but_not_another(saved, tiny):
     like = jax.eval_shape(state)
     longer = dataclasses.replace(tiny, steps=9000, save_every=7)
-    assert bits(checkpoint.restore(saved, like, longer)) == bits(state(3))
+    assert bits(checkpoint.restore(saved, like, longer)) == bits(state(3, 4))
     optim = dataclasses.replace(tiny.agent.optim, learning_rate=0.5)
     other = dataclasses.replace(
         tiny, seed=8, agent=dataclasses.replace(tiny.agent, optim=optim, slow_rate=0.7)
@@ -95,6 +177,8 @@ def test_a_run_may_be_made_longer_but_not_another(saved, tiny):
     assert "another configuration" in str(error.value)
     assert "seed: 8 here, 0 there" in str(error.value)
     assert "agent.optim.learning_rate: 0.5 here, 0.001 there" in str(error.value)
+    assert "go on with --accept-changes" in str(error.value)
+    assert bits(checkpoint.restore(saved, like, other, accept=True)) == bits(state(3, 4))
 
 
 def test_other_shapes_are_told_with_their_paths(saved, tiny):
@@ -104,17 +188,124 @@ def test_other_shapes_are_told_with_their_paths(saved, tiny):
         checkpoint.restore(saved, like._replace(odd=odd), tiny)
     assert "odd/uint8: int8 (5,) here, uint8 (4,) there" in str(error.value)
     assert "start a new run" in str(error.value)
+    assert "--accept-changes" not in str(error.value)
     del odd["uint8"]
     with pytest.raises(JaxwmError, match="odd/uint8: absent here, uint8"):
-        checkpoint.restore(saved, like._replace(odd=odd), tiny)
+        checkpoint.restore(saved, like._replace(odd=odd), tiny, accept=True)
 
 
-def test_a_damaged_checkpoint_is_told(saved, tiny):
-    shutil.rmtree(saved / "checkpoints" / "3" / "rest")
-    with pytest.raises(JaxwmError, match=r"checkpoints/3 cannot be read .*Delete that folder"):
-        checkpoint.restore(saved, jax.eval_shape(state), tiny)
-    shutil.rmtree(saved / "checkpoints" / "3")
-    assert bits(checkpoint.restore(saved, jax.eval_shape(state), tiny)) == bits(state(2))
+def flip(path: pathlib.Path) -> None:
+    """Changes one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped": flip,
+    "emptied": lambda path: path.write_bytes(b""),
+    "deleted": lambda path: path.unlink(),
+    "linked": lambda path: (
+        path.rename(path.with_suffix(".x")),
+        path.symlink_to(path.with_suffix(".x")),
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_to_any_file_is_found_and_passed_over(saved, tiny, tmp_path, damage):
+    folder, whole = saved / "checkpoints" / "3", tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    for name in files(whole):
+        DAMAGE[damage](folder / name)
+        assert len(checkpoint.faults(folder)) == 1, name
+        shutil.rmtree(folder)
+        shutil.copytree(whole, folder)
+    assert checkpoint.faults(folder) == []
+    DAMAGE[damage](folder / "rest" / "manifest.ocdbt")
+    told = []
+    found = checkpoint.restore(saved, jax.eval_shape(state), tiny, told.append)
+    assert bits(found) == bits(state(2, 3))
+    assert len(told) == 1 and "checkpoints/3 is damaged: " in told[0]
+    assert checkpoint.latest(saved) == 2
+    DAMAGE[damage](saved / "checkpoints" / "2" / "params" / "manifest.ocdbt")
+    with pytest.raises(JaxwmError, match=r"None of the checkpoints .* is sound"):
+        checkpoint.restore(saved, jax.eval_shape(state), tiny, told.append)
+    with pytest.raises(JaxwmError, match=r"None of the checkpoints .* is sound"):
+        checkpoint.latest(saved)
+
+
+def test_checkpoints_that_have_changed_places_or_grown_are_found(saved):
+    folder = saved / "checkpoints"
+    (folder / "3" / "more").write_text("")
+    assert checkpoint.faults(folder / "3") == ["more does not belong to it"]
+    (folder / "3").rename(folder / "4")
+    (folder / "4" / "more").unlink()
+    assert checkpoint.faults(folder / "4") == ["it is the checkpoint of step 3"]
+
+
+def test_what_was_damaged_is_set_aside_where_a_run_goes_on(saved, tiny):
+    """The checkpoint after it takes over no rows that are damaged."""
+    folder = saved / "checkpoints"
+    flip(folder / "3" / "params" / "manifest.ocdbt")
+    (folder / ".9.saving").mkdir()
+    with checkpoint.Saver(saved, tiny, pytest.fail, start=2) as saver:
+        assert sorted(x.name for x in folder.iterdir()) == ["2", "3.damaged", "best-2"]
+        saver.save(3, state(3, 4))
+    assert checkpoint.steps(saved) == [2, 3] and checkpoint.latest(saved) == 3
+    names = {name: state for name, _, state in checkpoint.overview(saved)}
+    assert names["2"] == names["3"] == names["best-2"] == "sound"
+    assert "has changed" in names["3.damaged"]
+    assert checkpoint.prune(saved) == ["3.damaged"]
+    assert sorted(x.name for x in folder.iterdir()) == ["2", "3", "best-2"]
+
+
+def test_rows_that_were_damaged_meanwhile_are_written_anew(saved, tiny):
+    told = []
+    rows = next((saved / "checkpoints" / "2").glob("rows-*/d/*"))
+    flip(rows)
+    with checkpoint.Saver(saved, tiny, told.append, start=3) as saver:
+        saver.save(4, state(4, 5))
+        saver.wait()
+        assert saver.failed and "has changed" in told[0] and "that of step 3 stays" in told[0]
+        assert checkpoint.steps(saved) == [2, 3]
+        saver.save(5, state(5, 6))
+    assert not saver.failed
+    assert checkpoint.steps(saved) == [3, 5]
+    found = checkpoint.restore(saved, jax.eval_shape(state), tiny, pytest.fail)
+    assert bits(found) == bits(state(5, 6))
+
+
+def test_a_full_disk_is_told_and_leaves_no_trace(saved, tiny, monkeypatch):
+    told = []
+    usage = shutil.disk_usage(saved)._replace(free=1000)
+    with checkpoint.Saver(saved, tiny, told.append, start=3) as saver:
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: usage)
+            saver.save(4, state(4, 5))
+            saver.wait()
+        assert saver.failed
+        assert "step 4 could not be written" in told[0] and "no space left" in told[0]
+        assert sorted(x.name for x in (saved / "checkpoints").iterdir()) == ["2", "3", "best-2"]
+        saver.save(4, state(4, 5))
+    assert not saver.failed and checkpoint.steps(saved) == [3, 4] and len(told) == 1
+
+
+def test_a_checkpoint_of_version_0_1_is_read(tiny):
+    """Stored by the code of that version, from the run `tiny`; every number of it comes back."""
+    data = pathlib.Path(__file__).parent / "data" / "format1"
+    config = checkpoint.read_config(data)
+    assert config == dataclasses.replace(tiny, steps=config.steps, save_every=config.save_every)
+    like = jax.eval_shape(train.build(config).init)
+    assert checkpoint.faults(data / "checkpoints" / "120") == []
+    found = checkpoint.restore(data, like, config, pytest.fail)
+    sums = {name: zlib.crc32(data) for name, _, _, data in bits(found)}
+    assert sums == json.loads((data / "leaves.json").read_text())
+    params = checkpoint.restore_params(data, like.agent.params, config)
+    assert bits(params) == bits(found.agent.params)
+    other = dataclasses.replace(config, seed=3)
+    with pytest.raises(JaxwmError, match="seed: 3 here, 0 there"):
+        checkpoint.restore(data, like, other)
 
 
 def test_a_folder_that_is_no_run_is_told(tiny, tmp_path):
@@ -126,8 +317,8 @@ def test_a_folder_that_is_no_run_is_told(tiny, tmp_path):
     with pytest.raises(JaxwmError, match="not JSON"):
         checkpoint.read_config(tmp_path)
     write(tiny, tmp_path / "config.json")
-    with pytest.raises(JaxwmError, match="has no checkpoint"):
-        resume(tmp_path)
+    with pytest.raises(JaxwmError, match="has no checkpoint yet"):
+        checkpoint.latest(tmp_path)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tiny, finished, tmp_path):

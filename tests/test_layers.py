@@ -11,12 +11,12 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxwm"
 
 FLOORS = [
-    {"spaces", "types", "numerics", "config", "sweep"},
+    {"spaces", "types", "numerics", "config", "sweep", "manifest", "lock"},
     {"returns", "dists", "nets", "optim", "replay", "replay_host"},
     {"envs", "models", "behaviors"},
     {"agent"},
     {"recipes"},
-    {"train", "train_host", "mesh", "checkpoint", "log", "evaluate", "policy"},
+    {"train", "train_host", "mesh", "checkpoint", "log", "evaluate", "weights", "policy"},
     {"memory", "stop", "plot", "report", "run", "cli", "__init__", "__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS, start=1) for name in names}

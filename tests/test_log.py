@@ -190,3 +190,46 @@ def test_lines_are_strict_json(tmp_path):
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert line == line | {"c": 1e30, "d": 1}
     assert not {"a", "b"} & set(line)
+
+
+class Full:
+    """A file on a disk that takes so many bytes more, and then no more."""
+
+    def __init__(self, file, room):
+        self._file, self.room = file, room
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        done = self._file.write(data[: self.room])
+        self.room -= done
+        return done
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+def test_what_a_full_disk_does_not_take_is_written_later_and_never_in_part(tmp_path):
+    console = plain()
+    with Logger(tmp_path, 100, console=console) as logger:
+        logger.write(1, 1, {"loss/total": 0.5})
+        whole = (tmp_path / "metrics.jsonl").read_bytes()
+        logger._file = full = Full(logger._file, 30)
+        for step in (2, 3):
+            logger.write(step, step, {"loss/total": 0.5})
+            assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+        assert not logger.flush()
+        full.room = 10_000
+        logger.write(4, 4, {"loss/total": 0.5})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert "lines are kept for later" in " ".join(console.file.getvalue().split())
+
+
+def test_a_run_that_goes_back_drops_the_lines_after(tmp_path):
+    with Logger(tmp_path, 100, console=plain()) as logger:
+        for step in (1, 2, 3):
+            logger.write(step, step, {})
+        logger.rewind(1)
+        logger.write(2, 2, {"again": 1})
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2] and lines[1]["again"] == 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import jax
@@ -12,6 +13,7 @@ from rich.console import Console
 
 import jaxwm
 from jaxwm import checkpoint, cli, envs, train
+from jaxwm import config as configs
 from jaxwm.agent import make_agent
 from jaxwm.evaluate import rollout
 from jaxwm.log import read_metrics
@@ -32,13 +34,12 @@ from jaxwm.types import Box, Discrete, Env, JaxwmError, first, transition
 
 def test_a_finished_run_leaves_its_papers(tiny, finished):
     assert {x.name for x in finished.iterdir()} == {
-        *("config.json", "versions.json", "metrics.jsonl", "checkpoints"),
+        *("config.json", "versions.json", "metrics.jsonl", "checkpoints", "lock"),
         *("SUMMARY.md", "curve.png", "dream.png"),
     }
     assert checkpoint.read_config(finished) == tiny
-    steps = sorted(int(x.name) for x in (finished / "checkpoints").iterdir())
     # save_every = 100 is passed by the chunk of 40 steps that ends at 120.
-    assert steps == [120, 200]
+    assert checkpoint.steps(finished) == [120, 200]
     found = json.loads((finished / "versions.json").read_text())
     assert found["jax"] == jax.__version__ and {"python", "flax", "optax", "device"} <= set(found)
     text = (finished / "SUMMARY.md").read_text()
@@ -166,9 +167,7 @@ def test_a_signal_saves_and_the_rest_is_as_if_there_had_been_none(
     assert checkpoint.latest(folder) == 84
     assert [line["step"] for line in read_metrics(folder)] == [40, 80]
     assert cli.main(["resume", str(folder)]) == 0
-    plain = [{k: v for k, v in x.items() if k not in VARYING} for x in read_metrics(folder)]
-    whole = [{k: v for k, v in x.items() if k not in VARYING} for x in read_metrics(finished)]
-    assert plain == whole and len(whole) == 5
+    assert plain(folder) == plain(finished) and len(read_metrics(folder)) == 5
 
 
 VARYING = ("time", "memory/process")
@@ -198,6 +197,108 @@ def test_a_diverged_training_is_told(tiny, capsys):
         _tell_stopped(sick(9, 7, 4), metrics, stopped, three, console)
     skip = dataclasses.replace(three, on_divergence="skip")
     assert not _tell_stopped(sick(9, 7, 4), metrics, none, skip, console).any()
+
+
+def plain(folder) -> list[dict]:
+    """The metrics of a run, but for what no two runs have alike."""
+    return [{k: v for k, v in x.items() if k not in VARYING} for x in read_metrics(folder)]
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(
+    tiny, finished, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    configs.write(tiny, folder / "config.json")
+    (folder / "metrics.jsonl").write_text('{"step": 40, "upd')
+    assert cli.main(["resume", str(folder)]) == 0
+    assert "has no checkpoint yet: the run begins again" in capsys.readouterr().out
+    assert plain(folder) == plain(finished)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_is_the_same(
+    tiny, finished, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "checkpoints" / "200" / "rest" / "manifest.ocdbt").write_bytes(b"")
+    assert cli.main(["checkpoints", str(folder), "verify"]) == 1
+    told = capsys.readouterr().out
+    assert "  sound" in told and "rest/manifest.ocdbt has changed" in told
+    assert cli.main(["resume", str(folder)]) == 0
+    assert "checkpoints/200 is damaged: rest/manifest.ocdbt" in capsys.readouterr().out
+    assert plain(folder) == plain(finished)
+    assert cli.main(["checkpoints", str(folder), "prune"]) == 0
+    assert capsys.readouterr().out == "Removed: 200.damaged.\n"
+    assert cli.main(["checkpoints", str(folder), "verify"]) == 0
+    like = jax.eval_shape(train.build(tiny).init)
+    one, two = (checkpoint.restore(x, like, tiny) for x in (finished, folder))
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), raw(one), raw(two))
+    assert all(jax.tree.leaves(same))
+
+
+def raw(state):
+    return jax.tree.map(
+        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
+        state,
+    )
+
+
+def test_a_run_whose_disk_is_full_goes_on_and_says_so_at_its_end(
+    tiny, finished, tmp_path, capsys, monkeypatch
+):
+    folder = tmp_path / "run"
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        assert cli.main([*command(tiny).split()[1:], "--run", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert out.count("no space left") == 2 and "Traceback" not in err
+    assert "has made its 200 steps, but its last checkpoint could not be written" in joined(err)
+    assert cli.main(["resume", str(folder)]) == 0
+    assert plain(folder) == plain(finished)
+
+
+def joined(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_changed_entries_go_on_only_if_they_are_meant(tiny, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    optim = dataclasses.replace(tiny.agent.optim, learning_rate=2e-3)
+    agent = dataclasses.replace(tiny.agent, optim=optim)
+    configs.write(dataclasses.replace(tiny, agent=agent, steps=240), folder / "config.json")
+    assert cli.main(["resume", str(folder)]) == 2
+    told = joined(capsys.readouterr().err)
+    assert "agent.optim.learning_rate: 0.002 here, 0.001 there" in told
+    assert "--accept-changes" in told and checkpoint.latest(folder) == 200
+    assert cli.main(["resume", str(folder), "--accept-changes"]) == 0
+    assert checkpoint.latest(folder) == 240
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["to_its_checkpoint", "to_its_start"])
+def test_a_run_that_diverges_goes_back_and_gives_up_after_some_times(
+    tiny, finished, tmp_path, capsys, saved
+):
+    """With a learning rate like this one no random numbers help."""
+    folder = tmp_path / "run"
+    optim = dataclasses.replace(tiny.agent.optim, learning_rate=1e30)
+    agent = dataclasses.replace(tiny.agent, optim=optim)
+    config = dataclasses.replace(tiny, agent=agent, on_divergence="rollback", steps=240)
+    if saved:
+        shutil.copytree(finished, folder)
+    folder.mkdir(exist_ok=True)
+    configs.write(config, folder / "config.json")
+    assert cli.main(["resume", str(folder), "--accept-changes"]) == 2
+    out, err = capsys.readouterr()
+    assert out.count("goes back to its newest checkpoint") == 3
+    assert "(attempt 3 of 3)" in out and "gone back 3 times in vain" in joined(err)
+    assert checkpoint.steps(folder) == ([120, 200] if saved else [])
+    if saved:
+        assert plain(folder) == plain(finished)
+        found = checkpoint.restore(folder, train.build(tiny).shapes(), tiny)
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found.agent.params))
 
 
 def test_a_sweep_leaves_curves_and_returns_of_each_setting(tiny, tmp_path, capsys):

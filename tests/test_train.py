@@ -131,11 +131,11 @@ def test_updates_that_are_not_finite_are_watched_as_by_hand():
     account = train.Account(jnp.float32(2), {**good, "other": jnp.float32(0)})
     health = train.Health(zero, zero, zero)
     # The seventh update is bad: of a, b and grad_norm the second is its first bad term.
-    taken, after, health = train.watch(bad, account, health, jnp.int32(6), "stop")
+    taken, after, health = train.watch(bad, account, health, jnp.int32(6), "abort")
     assert not taken and health == (1, 7, 1)
     chex.assert_trees_all_equal(after, account)
     # A good one after it is taken only by who goes on.
-    taken, after, same = train.watch(good, account, health, jnp.int32(7), "stop")
+    taken, after, same = train.watch(good, account, health, jnp.int32(7), "abort")
     assert not taken and same == health and after.taken == 2
     taken, after, same = train.watch(good, account, health, jnp.int32(7), "skip")
     assert taken and same == health and after.taken == 3 and after.sums["loss/b"] == 4

@@ -194,8 +194,8 @@ def played_and_resumed(config, folder):
     state = program.init()
     for _ in range(2):
         state, before = program.chunk(state)
-    with checkpoint.manager(folder) as saver:
-        checkpoint.save(saver, 1, state, config)
+    with checkpoint.Saver(folder, config, pytest.fail) as saver:
+        saver.save(1, state)
     saved = jax.device_get(raw(state))
     saved = saved._replace(buffer=jax.tree.map(np.copy, saved.buffer))
     state = checkpoint.restore(folder, program.shapes(), config)

@@ -370,7 +370,7 @@ def limit_and_repeat(env: HostEnv, limit: int = 0, repeat: int = 1) -> HostEnv:
 def resident_bytes(process: int | str = "self") -> int:
     """Memory that a process holds; 0 where the system does not tell."""
     try:
-        pages = Path(f"/proc/{process}/statm").read_text().split()[1]
+        pages = Path(f"/proc/{process}/statm").read_text("utf-8").split()[1]
     except OSError:
         return 0
     return int(pages) * os.sysconf("SC_PAGE_SIZE")

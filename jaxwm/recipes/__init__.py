@@ -1,6 +1,7 @@
 """Recipes: papers as configurations. A recipe holds numbers and choices, never maths."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -9,6 +10,9 @@ from jaxwm.agent import AgentConfig
 from jaxwm.config import require
 from jaxwm.envs.host import HostConfig
 from jaxwm.replay import ReplayConfig
+
+# In one program; a mistyped number is no reason to compute for hours.
+_MOST_MEMBERS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +28,9 @@ class RunConfig:
       seeds: number of seeds trained side by side in one program: seed, seed + 1, ...
       sweep: entries of the agent to vary in that program, such as
         `learning_rate=1e-5,4e-5 entropy=1e-4,3e-4`: every combination, each with all seeds.
-      on_divergence: after an update that is not finite, and so never taken, its member may "stop"
-        learning, or "skip" it and go on; a run stops when all its members have.
+      on_divergence: after an update that is not finite, and so never taken: "abort" lets its member
+        learn no more, and ends the run when that is true of all; "skip" goes on; "rollback" takes
+        the whole run back to its newest checkpoint, with other random numbers from there on.
       steps: environment steps per seed, over all its environments.
       envs: environments per seed.
       shards: parts into which environments, replay and batch of each seed are divided; a device
@@ -49,7 +54,7 @@ class RunConfig:
     seed: int = 0
     seeds: int = 1
     sweep: tuple[str, ...] = ()
-    on_divergence: Literal["stop", "skip"] = "stop"
+    on_divergence: Literal["abort", "skip", "rollback"] = "abort"
     steps: int = 1_000_000
     envs: int = 16
     shards: int = 1
@@ -83,8 +88,14 @@ class RunConfig:
             "there is one shard. Raise --shards, at best to the number of devices.",
         )
         self.replay.rows_per_env(self.envs)
+        count = math.prod(map(len, sweep.parse(self.sweep, self).values())) * self.seeds
+        require(
+            count <= _MOST_MEMBERS,
+            f"The run has {count:,} members, every setting of the sweep with every seed; train no "
+            f"more than {_MOST_MEMBERS:,} side by side.",
+        )
         if self.sweep:
-            for index in range(self.members):
+            for index in range(0, count, self.seeds):
                 sweep.member(self, index)  # which checks its values
 
     @property

@@ -142,8 +142,8 @@ def counts(folder: Path) -> dict[str, Any]:
 
 def store(folder: Path, state: train.TrainState, run: RunConfig) -> None:
     """A checkpoint."""
-    with checkpoint.manager(folder) as saver:
-        checkpoint.save(saver, 1, state, run)
+    with checkpoint.Saver(folder, run, print) as saver:
+        saver.save(1, state)
 
 
 def parts(folder: Path, run: RunConfig, kept: train.TrainState, told: Any) -> dict[str, Any]:
