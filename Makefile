@@ -17,7 +17,7 @@ LONG := tests/test_learning.py tests/multi_device
 RESULTS ?= benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-long lint format notebooks bench clean
+.PHONY: help setup setup-dev demo test test-long lint format notebooks bench faults clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,11 @@ bench: $(RUNTIME) ## measure speed, scaling, memory and compile time, each in sh
 	$(PY) -m benchmarks.scaling --envs 1 64 1024 8192 --seeds 1 8 --sizes nano size1m --out $(RESULTS)/scaling.jsonl
 	$(PY) -m benchmarks.memory --sizes nano size1m size12m --out $(RESULTS)/memory.jsonl
 	$(PY) -m benchmarks.compile_time --sizes nano --out $(RESULTS)/compile_time.jsonl
+
+faults: $(DEV) ## kill, stop, corrupt, fill disks, diverge, race: an evening of it
+	for test in kill signals corrupt disk diverge races changed cost soak; do \
+		$(PY) -m tests.faults.$$test --out $(RESULTS)/reliability.jsonl || exit 1; \
+	done
 
 clean: ## remove the environment, caches and build outputs; runs/ stays
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* build dist

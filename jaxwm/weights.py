@@ -89,8 +89,12 @@ def export(run: Path, folder: Path, best: bool = False) -> Path:
     """
     config = checkpoint.read_config(run)
     _refuse_taken(folder)
-    params = checkpoint.restore_params(run, shapes(config)[1], config, best)
-    return write(folder, params, config, _step(run, best))
+    like = shapes(config)[1]
+    params = checkpoint.restore_params(run, like, config, best)
+    step = checkpoint._newest(
+        run, lambda _, found: int(found["step"]), lambda text: None, like, ("params",), best
+    )
+    return write(folder, params, config, step)
 
 
 def write(folder: Path, params: Params, config: RunConfig, step: int) -> Path:
@@ -214,15 +218,6 @@ def shapes(config: RunConfig) -> tuple[Env | HostEnv, Params]:
         return jax.vmap(make)(jax.random.split(jax.random.key(0), config.members))
 
     return env, jax.eval_shape(init)
-
-
-def _step(run: Path, best: bool) -> int:
-    """The step of the checkpoint whose networks `checkpoint.restore_params` takes."""
-    folder = run / "checkpoints"
-    if best:
-        return int(next(folder.glob("best-*")).name.removeprefix("best-"))
-    there = reversed(checkpoint.steps(run))
-    return next(step for step in there if not checkpoint.faults(folder / str(step), ("params",)))
 
 
 def _refuse_taken(folder: Path) -> None:

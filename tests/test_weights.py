@@ -72,6 +72,15 @@ def test_a_run_is_exported_and_evaluated_from_the_shell(finished, exported, tmp_
     assert capsys.readouterr().out == words
 
 
+def test_the_best_networks_are_exported(finished, tiny, tmp_path):
+    (best,) = (finished / "checkpoints").glob("best-*")
+    folder = weights.export(finished, tmp_path / "weights", best=True)
+    assert weights.read_about(folder).step == int(best.name.removeprefix("best-"))
+    like = weights.shapes(tiny)[1]
+    there = checkpoint.restore_params(finished, like, tiny, best=True)
+    assert bits(weights.read(folder, like)) == bits(there)
+
+
 ODD = {
     "a": {"b c": jnp.array([0.1, -jnp.inf, 3e38], jnp.bfloat16), "ü": jnp.float32(0.1)},
     "list": [jnp.arange(4, dtype=jnp.uint8), jnp.array([True, False]), jnp.int32(-7)],

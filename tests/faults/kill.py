@@ -2,10 +2,11 @@
 
     python -m tests.faults.kill --count 200 --out benchmarks/results/reliability.jsonl
 
-The moments are spread over the life of a process: imports, compiling, reading a checkpoint,
-training, saving, removing old checkpoints. A run is killed and resumed until it has ended by
-itself; its state and metrics must then be, bit for bit, those of a run that was never killed. Two
-runs suffer side by side, so that the machine is busy, and so that moments shift.
+The moments are spread over ten seconds: in every other kill from the start of a process on (imports,
+compiling, reading a checkpoint), else from its first line of metrics on (training, saving, removing
+old checkpoints). A run is killed and resumed until it has ended by itself; its state and metrics must
+then be, bit for bit, those of a run that was never killed. Two runs suffer side by side, so that the
+machine is busy, and so that moments shift.
 """
 
 import collections
@@ -24,7 +25,7 @@ from tests.faults.runs import CLI, Truth, words
 
 # Some twenty checkpoints in some twenty seconds, and a replay of which most rows are replaced.
 CONFIG = small(steps=4000, save_every=200, eval_episodes=1)
-_LONGEST = 15.0  # seconds that a process lives, at most
+_LONGEST = 10.0  # seconds that a process lives from then on, at most
 _SIDE_BY_SIDE = 2
 
 
@@ -33,11 +34,13 @@ def suffer(truth: Truth, run: Path, kills: int, seed: int) -> collections.Counte
     random, tally = np.random.default_rng(seed), collections.Counter()
     while True:
         life = float(random.uniform(0, _LONGEST)) if tally["kills"] < kills else None
-        before = checkpoint.steps(run)
+        before, size = checkpoint.steps(run), _size(run)
         pipe = subprocess.PIPE
         with subprocess.Popen(
             [*CLI, *words(truth.config, run)], stdout=pipe, stderr=subprocess.STDOUT, text=True
         ) as process:
+            while life and tally["kills"] % 2 and process.poll() is None and _size(run) == size:
+                time.sleep(0.02)
             try:
                 out, _ = process.communicate(timeout=life)
             except subprocess.TimeoutExpired:
@@ -60,6 +63,12 @@ def suffer(truth: Truth, run: Path, kills: int, seed: int) -> collections.Counte
             tally["runs"] += 1
             return tally
         holds(process.returncode == -9, f"ended with {process.returncode}: {out[-2000:]}")
+
+
+def _size(run: Path) -> int:
+    """Bytes of the metrics so far."""
+    path = run / "metrics.jsonl"
+    return path.stat().st_size if path.exists() else 0
 
 
 def measure(count: int, seed: int, folder: Path) -> dict[str, Any]:
