@@ -2,11 +2,11 @@
 
     python -m tests.faults.kill --count 200 --out benchmarks/results/reliability.jsonl
 
-The moments are spread over ten seconds: in every other kill from the start of a process on (imports,
-compiling, reading a checkpoint), else from its first line of metrics on (training, saving, removing
-old checkpoints). A run is killed and resumed until it has ended by itself; its state and metrics must
-then be, bit for bit, those of a run that was never killed. Two runs suffer side by side, so that the
-machine is busy, and so that moments shift.
+The moments are spread over ten seconds: in every other kill from the start of a process on
+(imports, compiling, reading a checkpoint), else from its first line of metrics on (training,
+saving, removing old checkpoints). A run is killed and resumed until it has ended by itself; its
+state and metrics must then be, bit for bit, those of a run that was never killed. Two runs suffer
+side by side, so that the machine is busy, and so that moments shift.
 """
 
 import collections
