@@ -149,8 +149,8 @@ def restore_params(
     config: RunConfig,
     best: bool = False,
     tell: Callable[[str], None] = print,
-) -> Params:
-    """The networks of the newest sound checkpoint; nothing else is read.
+) -> tuple[Params, int]:
+    """The networks of the newest sound checkpoint, and its step; nothing else is read.
 
     Args:
       run: the run's folder.
@@ -163,9 +163,9 @@ def restore_params(
       JaxwmError: as `restore` does.
     """
 
-    def params(folder: Path, found: dict[str, Any]) -> Params:
+    def params(folder: Path, found: dict[str, Any]) -> tuple[Params, int]:
         _check(folder, found, {"params": like}, config, accept=False)
-        return _read(folder, found, "params", like)
+        return _read(folder, found, "params", like), int(found["step"])
 
     return _newest(run, params, tell, like, ("params",), best)
 

@@ -90,7 +90,7 @@ def _taken(run: Path, text: str) -> JaxwmError:
     try:
         found = json.loads(text)
         who = f"process {found['pid']} on {found['host']} since {found['since']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         who = "another process"
     return JaxwmError(
         f"{run} is in use by {who}. Wait for its end, stop it, or give another folder with --run."

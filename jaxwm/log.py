@@ -236,7 +236,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     for number, line in lines:
         try:
             read.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             if number != lines[-1][0]:
                 raise JaxwmError(
                     f"{path}, line {number}, is not JSON: {line[:60]!r}. The file was changed or "

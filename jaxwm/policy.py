@@ -140,7 +140,7 @@ def trained(run: Path, config: RunConfig) -> tuple[Env | HostEnv, list[Params]]:
     if weights.is_exported(run):
         params = weights.read(run, like)
     else:
-        params = checkpoint.restore_params(run, like, config)
+        params, _ = checkpoint.restore_params(run, like, config)
     return env, apart(params, config.members)
 
 

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Where there is such a signal, and it is not ignored, as under nohup: the terminal is closed.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    SIGNALS = (*SIGNALS, signal.SIGHUP)
 
 
 @contextlib.contextmanager

@@ -90,10 +90,7 @@ def export(run: Path, folder: Path, best: bool = False) -> Path:
     config = checkpoint.read_config(run)
     _refuse_taken(folder)
     like = shapes(config)[1]
-    params = checkpoint.restore_params(run, like, config, best)
-    step = checkpoint._newest(
-        run, lambda _, found: int(found["step"]), lambda text: None, like, ("params",), best
-    )
+    params, step = checkpoint.restore_params(run, like, config, best)
     return write(folder, params, config, step)
 
 

@@ -155,9 +155,11 @@ def test_a_state_may_be_overwritten_as_soon_as_saving_has_begun(tiny, tmp_path):
 def test_parameters_are_read_without_the_rest(saved, tiny):
     shutil.rmtree(saved / "checkpoints" / "3" / "rest")
     like = jax.eval_shape(state).agent.params
-    found = checkpoint.restore_params(saved, like, tiny, tell=pytest.fail)
+    found, step = checkpoint.restore_params(saved, like, tiny, tell=pytest.fail)
+    assert step == 3
     assert bits(found) == bits(state(3).agent.params)
-    best = checkpoint.restore_params(saved, like, tiny, best=True, tell=pytest.fail)
+    best, step = checkpoint.restore_params(saved, like, tiny, best=True, tell=pytest.fail)
+    assert step == 2
     assert bits(best) == bits(state(2).agent.params)
     shutil.rmtree(saved / "checkpoints" / "best-2")
     with pytest.raises(JaxwmError, match="has no best checkpoint"):
@@ -301,7 +303,7 @@ def test_a_checkpoint_of_version_0_1_is_read(tiny):
     found = checkpoint.restore(data, like, config, pytest.fail)
     sums = {name: zlib.crc32(data) for name, _, _, data in bits(found)}
     assert sums == json.loads((data / "leaves.json").read_text())
-    params = checkpoint.restore_params(data, like.agent.params, config)
+    params, _ = checkpoint.restore_params(data, like.agent.params, config)
     assert bits(params) == bits(found.agent.params)
     other = dataclasses.replace(config, seed=3)
     with pytest.raises(JaxwmError, match="seed: 3 here, 0 there"):

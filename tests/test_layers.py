@@ -28,6 +28,7 @@ HOMES = {
     "distrax": ("dists",),
     "optax": ("optim",),
     "orbax": ("checkpoint",),
+    "safetensors": ("weights",),
     "matplotlib": ("plot",),
     "tensorboardX": ("log",),
     "gymnax": ("envs.gymnax",),
@@ -39,7 +40,8 @@ HOMES = {
     "dm_control": ("envs.dm_control",),
     "ale_py": ("envs.atari",),
 }
-EAGER = {"flax", "distrax", "optax", "orbax"}  # the others only inside the function that needs them
+# The others only inside the function that needs them.
+EAGER = {"flax", "distrax", "optax", "orbax", "safetensors"}
 
 
 class Import(NamedTuple):

@@ -100,8 +100,10 @@ def test_commands_are_understood(monkeypatch, capsys, tmp_path):
         started.append(args)
         return np.ones((1, 1))
 
-    for name in ("jaxwm.run.run", "jaxwm.run.resume", "jaxwm.run.evaluate_run"):
-        monkeypatch.setattr(name, start)
+    works = ("run.run", "run.resume", "run.evaluate_run", "weights.export")
+    for name in works:
+        monkeypatch.setattr(f"jaxwm.{name}", start)
+    monkeypatch.setattr("jaxwm.checkpoint.overview", lambda run: start(run).tolist()[1:])
     verdict = SimpleNamespace(verdict=SimpleNamespace(words=""), caveats=(), to_dict=dict)
     monkeypatch.setattr("jaxwm.evaluate.compare.compare", lambda *words: start(*words) and verdict)
     for name in ("jaxwm.plot.learning_curve", "jaxwm.plot.comparison"):

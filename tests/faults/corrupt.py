@@ -177,7 +177,7 @@ def trial(run: Run, folder: Path, kind: Any, which: list[int], random: Random) -
     got = _attempt(
         lambda: checkpoint.restore_params(
             folder, run.like.agent.params, run.config, tell=told.append
-        )
+        )[0]
     )
     _compare(got, max(good, default=None), run.params, told, places)
     return "none" if sound is None else "whole" if sound == max(run.steps) else "older"
