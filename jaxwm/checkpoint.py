@@ -16,6 +16,7 @@ complete; so no two share a file, and damage to one never reaches the other.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -104,6 +105,20 @@ def read_config(run: Path) -> RunConfig:
         "named, such as runs/demo.",
     )
     return _configured(read_json(run / CONFIG))
+
+
+def check_config(run: Path, config: RunConfig, accept: bool = False) -> None:
+    """Raises an error if a run's newest readable checkpoint is another configuration's.
+
+    Args:
+      run: the run's folder.
+      config: what the run is now; see `restore`.
+      accept: whether any entry may differ.
+    """
+    for step in reversed(steps(run)):
+        folder = run / _FOLDER / str(step)
+        with contextlib.suppress(Damaged):
+            return _check_config(folder, _open(folder, ()), config, accept)
 
 
 def refuse_links(run: Path) -> None:
@@ -492,26 +507,38 @@ def _check(
     folder: Path, found: dict[str, Any], parts: dict[str, Any], config: RunConfig, accept: bool
 ) -> None:
     """Raises an error unless configuration and leaves are those of the checkpoint."""
-    stored = _configured(found["config"])
-    same = dataclasses.replace(stored, **{name: getattr(config, name) for name in FREE})
-    changed = [] if accept else differences(config, same)
-    wrong = list(changed)
-    if not wrong:
-        for name, part in parts.items():
-            here, there = dict(_describe(part)), dict(found["leaves"][name])
-            wrong += [
-                f"{path}: {here.get(path, 'absent')} here, {there.get(path, 'absent')} there"
-                for path in {**here, **there}
-                if here.get(path) != there.get(path)
-            ]
+    _check_config(folder, found, config, accept)
+    wrong = []
+    for name, part in parts.items():
+        here, there = dict(_describe(part)), dict(found["leaves"][name])
+        wrong += [
+            f"{path}: {here.get(path, 'absent')} here, {there.get(path, 'absent')} there"
+            for path in {**here, **there}
+            if here.get(path) != there.get(path)
+        ]
     if wrong:
-        shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        how = " go on with --accept-changes if they are meant," if changed else ""
         raise JaxwmError(
             f"The checkpoint {folder} is one of another configuration, or was made by another "
-            f"version or on another kind of device. {shown}. Put {CONFIG} back as it was,{how} or "
+            f"version or on another kind of device. {_few(wrong)}. Put {CONFIG} back as it was, or "
             "start a new run in another folder."
         )
+
+
+def _check_config(folder: Path, found: dict[str, Any], config: RunConfig, accept: bool) -> None:
+    """Raises an error unless the configuration is that of the checkpoint, or may be another."""
+    stored = _configured(found["config"])
+    same = dataclasses.replace(stored, **{name: getattr(config, name) for name in FREE})
+    wrong = [] if accept else differences(config, same)
+    if wrong:
+        raise JaxwmError(
+            f"The checkpoint {folder} is one of another configuration. {_few(wrong)}. Put {CONFIG} "
+            "back as it was, go on with --accept-changes if they are meant, or start a new run in "
+            "another folder."
+        )
+
+
+def _few(lines: list[str]) -> str:
+    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
 
 
 def _configured(data: Any) -> RunConfig:

@@ -73,7 +73,7 @@ def run(
     if jax.process_index() == 0:
         lock.check(folder)
     if resume:
-        _check_resumable(folder, config)
+        _check_resumable(folder, config, accept)
     else:
         _refuse_used(folder)
     program = train.build(config)
@@ -475,9 +475,10 @@ def _refuse_used(folder: Path) -> None:
     )
 
 
-def _check_resumable(folder: Path, config: RunConfig) -> None:
+def _check_resumable(folder: Path, config: RunConfig, accept: bool) -> None:
     checkpoint.read_config(folder)
     checkpoint.refuse_links(folder)
+    checkpoint.check_config(folder, config, accept)
     done = max(checkpoint.steps(folder), default=0)
     require(
         config.steps >= done,

@@ -2,11 +2,11 @@
 
     python -m tests.faults.soak --count 60 --out benchmarks/results/reliability.jsonl
 
-`--count` is minutes. Each process trains for a quarter of them and saves every half a minute or so;
-it is then asked to stop, the run is evaluated by another process, and resumed by the next. After the
-first five minutes of a process (a third of its life, if that is less) its memory grows by less than
-2 %. (A save leaves some 0.2 MB in the process, as many small pieces as there are leaves: they are
-TensorStore's.)
+`--count` is minutes. Each process trains for a quarter of them and saves every half a minute or
+so; it is then asked to stop, the run is evaluated by another process, and resumed by the next.
+After the first five minutes of a process (a third of its life, if that is less) its memory grows by
+less than 2 %. (A save leaves some 0.2 MB in the process, as many small pieces as there are leaves:
+they are TensorStore's.)
 """
 
 import signal
