@@ -56,6 +56,10 @@ class ReplayConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise JaxwmError(f"The replay's {name} is {value}; it must be positive.")
+        if not self.train_ratio <= 1e6:
+            raise JaxwmError(
+                f"The replay's train_ratio is {self.train_ratio}; it must be at most 1e6."
+            )
 
     def updates_per_iteration(self, envs: int) -> Fraction:
         """Updates that one step of each of `envs` environments earns, as an exact fraction."""

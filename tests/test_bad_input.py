@@ -70,6 +70,9 @@ def told(monkeypatch, capsys, tmp_path):
         (f"{TRAIN} --replay.capacity 100", "fewer than the 65 rows of one window"),
         (f"{TRAIN} --replay.batch-length 0", "batch_length is 0; it must be positive"),
         (f"{TRAIN} --replay.capacity 99999999999999", "GiB. Lower --replay.capacity"),
+        (f"{TRAIN} --time-limit 2147483648", "time_limit is 2147483648; it must be at most 2,147"),
+        (f"{TRAIN} --seed 99999999999999999999", "seed is 99999999999999999999; it must be at m"),
+        (f"{TRAIN} --replay.train-ratio 1e300", "train_ratio is 1e+300; it must be at most 1e6"),
         (
             f"{TRAIN} --replay.place host",
             "simulators on the host, and toy/Memory runs on the device",

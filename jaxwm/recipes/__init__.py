@@ -7,12 +7,16 @@ from typing import Literal
 
 from jaxwm import sweep
 from jaxwm.agent import AgentConfig
-from jaxwm.config import require
+from jaxwm.config import flatten, require
 from jaxwm.envs.host import HostConfig
 from jaxwm.replay import ReplayConfig
 
 # In one program; a mistyped number is no reason to compute for hours.
 _MOST_MEMBERS = 4096
+
+
+# Whole numbers that need not be counted in 32 bits.
+_WIDE = {"seed": 2**62, "steps": 2**53, "replay.capacity": 2**53}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,10 @@ class RunConfig:
     save_every: int = 50_000
 
     def __post_init__(self):
+        for path, value in flatten(self).items():
+            most = _WIDE.get(path, 2**31 - 1)
+            fits = not isinstance(value, int) or value <= most
+            require(fits, f"{path} is {value}; it must be at most {most:,}.")
         counts = ("seeds", "steps", "envs", "shards", "action_repeat", "log_every", "save_every")
         for name in counts:
             value = getattr(self, name)
