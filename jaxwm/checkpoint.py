@@ -240,6 +240,7 @@ class Saver:
         """
         self.wait()
         if (self._folder / str(step)).exists():
+            self.failed = False
             return
         parts, about, taken = self._prepare(step, state)
         about["score"] = score if math.isfinite(score) else None
@@ -257,10 +258,8 @@ class Saver:
         first = pieces[-1][1] if pieces else max(0, written - capacity)
         latents = _take((buffer.deter, buffer.stoch), 0, _rounded(written, state), axis)
         short = buffer._replace(rows=(), deter=latents[0], stoch=latents[1])
-        whole = {
-            "params": state.agent.params,
-            "rest": _without_params(state)._replace(buffer=short),
-        }
+        rest = _without_params(state)._replace(buffer=short)
+        whole = {"params": state.agent.params, "rest": rest}
         about = {
             "step": step,
             "config": to_dict(self._config),
@@ -270,9 +269,8 @@ class Saver:
         parts = {name: _copy(part) for name, part in whole.items()}
         if written > first:
             pieces.append([first, written])
-            parts[_piece(first, written)] = _numbered(
-                _take(buffer.rows, first, written - first, axis)
-            )
+            new = _take(buffer.rows, first, written - first, axis)
+            parts[_piece(first, written)] = _numbered(new)
         about["replay"] = {"written": written, "pieces": pieces, "leaves": _describe(buffer.rows)}
         return parts, about, base
 
@@ -356,15 +354,19 @@ class Saver:
         before = {path: _score(path) for path in self._folder.glob(f"{_BEST}*")}
         if score is None or score <= max(before.values(), default=-math.inf):
             return
-        work, found = (
-            self._folder / f".{_BEST}{step}.saving",
-            manifest.read(self._folder / str(step)),
-        )
-        shutil.copytree(self._folder / str(step) / "params", work / "params")
+        source, work = self._folder / str(step), self._folder / f".{_BEST}{step}.saving"
+        found = manifest.read(source)
         about = {name: found[name] for name in ("step", "score", "config", "versions")}
         about |= {name: {"params": found[name]["params"]} for name in ("leaves", "sums")}
-        manifest.seal(work, about)
-        work.rename(_free(self._folder / f"{_BEST}{step}"))
+        try:
+            shutil.copytree(source / "params", work / "params")
+            manifest.seal(work, about)
+            work.rename(_free(self._folder / f"{_BEST}{step}"))
+        except OSError as error:
+            shutil.rmtree(work, ignore_errors=True)
+            cause = _cause(error, self._folder)
+            self._tell(f"The best networks so far, of step {step:,}, could not be kept: {cause}.")
+            return
         for path in before:
             _remove(path)
 

@@ -13,8 +13,6 @@ from jaxwm.replay import ReplayConfig
 
 # In one program; a mistyped number is no reason to compute for hours.
 _MOST_MEMBERS = 4096
-
-
 # Whole numbers that need not be counted in 32 bits.
 _WIDE = {"seed": 2**62, "steps": 2**53, "replay.capacity": 2**53}
 
@@ -74,7 +72,7 @@ class RunConfig:
 
     def __post_init__(self):
         for path, value in flatten(self).items():
-            most = _WIDE.get(path, 2**31 - 1)
+            most = _WIDE[path] if path in _WIDE else 2**31 - 1
             fits = not isinstance(value, int) or value <= most
             require(fits, f"{path} is {value}; it must be at most {most:,}.")
         counts = ("seeds", "steps", "envs", "shards", "action_repeat", "log_every", "save_every")
