@@ -123,15 +123,12 @@ def _train(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(_TRAIN_HELP, end="", file=sys.stdout if words else sys.stderr)
         raise SystemExit(0 if words else 2)
-    from jaxwm.recipes import recipes
-
     recipe, *words = words
-    if recipe not in recipes():
-        raise UsageError(_unknown(recipe, recipes(), "recipe"))
+    names = [x.stem for x in (Path(__file__).parent / "recipes").glob("[!_]*.py")]
+    if recipe not in names:
+        raise UsageError(_unknown(recipe, names, "recipe"))
     known, words = parser.parse_known_args(words)
     wants_help = "-h" in words or "--help" in words
-    if not wants_help:
-        _join_processes(known)
     if known.env is None and known.preset is None:
         if not wants_help:
             raise UsageError(
@@ -139,6 +136,10 @@ def _train(words: list[str]) -> None:
                 "--preset NAME."
             )
         known.env = "SUITE/NAME"
+    from jaxwm.recipes import recipes
+
+    if not wants_help:
+        _join_processes(known)
     _load_own(known.env)
     default = recipes()[recipe](known.env, known.size, known.variant, known.preset)
     config = _configure(recipe, default, words, parser.flags())

@@ -13,7 +13,7 @@ once. Source: PlaNet (arXiv:1811.04551) for the model, DreamerV3 (arXiv:2301.041
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -70,7 +70,7 @@ class WorldModelConfig:
     units: int = 1024
     bins: int = 255
     horizon: int = 333
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         at_least(self, 1, "units", "horizon")
