@@ -41,8 +41,8 @@ class OptimConfig:
     eps: float = 1e-20
 
     def __post_init__(self):
-        positive(self, "learning_rate", "agc")
-        at_least(self, 0, "warmup_steps", "anneal_steps", "eps")
+        positive(self, "learning_rate", "agc", "eps")
+        at_least(self, 0, "warmup_steps", "anneal_steps")
         require(
             self.anneal_steps == 0 or self.anneal_steps > self.warmup_steps,
             f"OptimConfig.anneal_steps is {self.anneal_steps}, but it counts from the start: make "

@@ -21,6 +21,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import mmap
 import os
 import signal
@@ -65,8 +66,10 @@ class HostConfig:
         for name in ("workers", "max_faults"):
             if getattr(self, name) < 0:
                 raise JaxwmError(f"host.{name} is {getattr(self, name)}; it cannot be negative.")
-        if not self.timeout > 0:
-            raise JaxwmError(f"host.timeout is {self.timeout} seconds; it must be positive.")
+        if not 0 < self.timeout < math.inf:
+            raise JaxwmError(
+                f"host.timeout is {self.timeout} seconds; it must be positive, and finite."
+            )
 
 
 class Fault(NamedTuple):
