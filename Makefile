@@ -13,7 +13,7 @@ RUN ?= runs/demo
 DEMO ?= train dreamer_v3 --preset cartpole
 TESTS ?= tests
 WORKERS ?= 2
-LONG := tests/test_learning.py tests/multi_device
+LONG := tests/test_learning.py tests/test_faults.py tests/test_odd_places.py tests/multi_device
 RESULTS ?= benchmarks/results
 
 .DEFAULT_GOAL := help
@@ -32,7 +32,7 @@ demo: $(RUNTIME) ## train DreamerV3 on CartPole into runs/demo (SEED=1: other ra
 test: $(DEV) ## run the tests, with the coverage gate
 	$(PY) -m pytest $(TESTS) $(LONG:%=--ignore=%) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov
 
-test-long: $(DEV) ## learn the toys to their optimum; train on eight fake devices and in two processes
+test-long: $(DEV) ## learn the toys to their optimum; train on many fake devices; kill runs, fill disks
 	$(PY) -m pytest $(LONG) -n $(WORKERS) --dist loadfile
 
 lint: $(DEV) ## check style and types

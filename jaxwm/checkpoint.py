@@ -242,7 +242,13 @@ class Saver:
         if (self._folder / str(step)).exists():
             self.failed = False
             return
-        parts, about, taken = self._prepare(step, state)
+        try:
+            parts, about, taken = self._prepare(step, state)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() > 1:
+                raise
+            self._tell_failed(step, error)
+            return
         about["score"] = score if math.isfinite(score) else None
         write = functools.partial(self._write, step, parts, about, taken)
         if jax.process_count() > 1:
@@ -310,14 +316,17 @@ class Saver:
         except Exception as error:
             if jax.process_count() > 1:
                 raise
-            self._anew, self.failed = True, True
+            self._anew = True
             shutil.rmtree(work, ignore_errors=True)
-            there = steps(self._run)
-            stays = f"that of step {there[-1]:,} stays" if there else "there is none yet"
-            self._tell(
-                f"The checkpoint of step {step:,} could not be written to {self._folder}: "
-                f"{_cause(error, self._folder)}. It is tried again at the next one; {stays}."
-            )
+            self._tell_failed(step, error)
+
+    def _tell_failed(self, step: int, error: Exception) -> None:
+        self.failed, there = True, steps(self._run)
+        stays = f"that of step {there[-1]:,} stays" if there else "there is none yet"
+        self._tell(
+            f"The checkpoint of step {step:,} could not be written to {self._folder}: "
+            f"{_cause(error, self._folder)}. It is tried again at the next one; {stays}."
+        )
 
     def _write_all(
         self, work: Path, parts: dict[str, Any], about: dict[str, Any], base: Path | None
@@ -770,6 +779,8 @@ def _free(path: Path) -> Path:
 def _cause(error: Exception, folder: Path) -> str:
     """Why a save failed, in words."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return f"the device has no memory for a copy ({str(error).splitlines()[0][:200]})"
     if full or "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
         return f"no space left, {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

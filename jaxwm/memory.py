@@ -1,14 +1,18 @@
 """What a run takes of the device's memory, told before anything is allocated."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxwm.config import require
+from jaxwm.recipes import RunConfig
 from jaxwm.replay import device_bytes
 from jaxwm.train import Chunk, Program
+from jaxwm.types import JaxwmError
 
 # What changes each part most, the strongest first.
 _FLAGS = {
@@ -17,6 +21,7 @@ _FLAGS = {
     "optimiser": ("--size", "--seeds"),
     "activations": ("--replay.batch-size", "--replay.batch-length", "--size"),
     "environments": ("--envs", "--seeds"),
+    "saving": ("--save-every", "--replay.capacity", "--size"),
 }
 
 
@@ -28,18 +33,25 @@ class Use(NamedTuple):
     optimiser: int
     activations: int  # whatever the compiled program needs beside the state
     environments: int  # their states, the present rows, counters
+    saving: int  # copies of what a checkpoint writes
 
 
-def use(program: Program, chunk: Chunk) -> Use:
+def use(program: Program, chunk: Chunk, config: RunConfig) -> Use:
     """What a compiled run takes; a replay in the host's memory counts as nothing."""
     state = program.shapes()
     on_device = lambda tree: sum(_bytes(x) for x in jax.tree.leaves(tree))  # noqa: E731
     agent = state.agent
     replay, opt = on_device(state.buffer), on_device(agent.opt)
     parameters = on_device((agent.params, agent.slow))
-    return Use(
-        replay, parameters, opt, chunk.temporary, on_device(state) - replay - parameters - opt
-    )
+    others = on_device(state) - replay - parameters - opt
+    # The rows since the save before the last, all latents, and whatever is not the replay.
+    capacity = config.replay.rows_per_env(config.envs)
+    new = min(1.0, 2 * config.save_every / config.envs / capacity)
+    rows = on_device(state.buffer.rows)
+    saved = new * rows + (replay - rows) + parameters + opt + others
+    # Orbax makes a copy of its own in the host's memory, which on a CPU is the device's.
+    copies = 2 if jax.default_backend() == "cpu" else 1
+    return Use(replay, parameters, opt, chunk.temporary, others, copies * int(saved))
 
 
 def check(used: Use) -> None:
@@ -54,6 +66,29 @@ def check(used: Use) -> None:
         f"The run needs {size(total)} and the device ({jax.devices()[0].device_kind}) has "
         f"{size(limit)}: {_parts(used)}. Lower {flags(used)}.",
     )
+
+
+@contextlib.contextmanager
+def in_words(used: Use | None = None) -> Iterator[None]:
+    """Says what to do when the device runs out of memory while the body runs.
+
+    Args:
+      used: what the run takes, once it is known.
+
+    Raises:
+      JaxwmError: with the largest parts, and the flags that would change them.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        lower = flags(used) if used else "--replay.capacity, --replay.batch-size or --size"
+        parts = f" The run takes {_parts(used)}." if used else ""
+        raise JaxwmError(
+            f"{jax.devices()[0].device_kind} ran out of memory: {str(error).splitlines()[0]}"
+            f"{parts} Other programs may have some of it too. Lower {lower}."
+        ) from error
 
 
 def line(used: Use) -> str:

@@ -133,10 +133,11 @@ def _train(
 ) -> tuple[Params, int, int, float]:
     """Parameters, environment steps, updates, and the seconds that compiling took."""
     start = time.monotonic()
-    with _memory_in_words():
+    with memory.in_words():
         chunk = program.compile()
-        used = memory.use(program, chunk)
-        memory.check(used)
+    used = memory.use(program, chunk, config)
+    memory.check(used)
+    with memory.in_words(used):
         state = _state(program, config, folder, console, accept) if resume else program.init()
         jax.block_until_ready(state)
     compile_seconds = time.monotonic() - start
@@ -156,7 +157,7 @@ def _train(
         )
     stopped, attempts, returns = _stopped(state, config), 0, (0.0, 0.0)
     with (
-        _memory_in_words(),
+        memory.in_words(used),
         logs as logger,
         checkpoint.Saver(folder, config, console.print, step) as saver,
         stop.asked() as signals,
@@ -558,17 +559,3 @@ def _tell_attempt(
         f"{told} The run goes back to its newest checkpoint, with other random numbers (attempt "
         f"{attempt} of {_ATTEMPTS})."
     )
-
-
-@contextlib.contextmanager
-def _memory_in_words() -> Iterator[None]:
-    """Says what to do when the device runs out of memory."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise JaxwmError(
-            f"{jax.devices()[0].device_kind} ran out of memory: {str(error).splitlines()[0]} "
-            "Lower --replay.capacity, --seeds, --envs, --replay.batch-size or the --size."
-        ) from error

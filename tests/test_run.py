@@ -20,7 +20,6 @@ from jaxwm.log import read_metrics
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.report import command
 from jaxwm.run import (
-    _memory_in_words,
     _tell_stopped,
     default_folder,
     evaluate,
@@ -325,11 +324,3 @@ def test_a_sweep_leaves_curves_and_returns_of_each_setting(tiny, tmp_path, capsy
     assert (one.act(cue)[1].latent.deter != two.act(cue)[1].latent.deter).any()
     with pytest.raises(JaxwmError, match="member is 4, and must be 0 to 3"):
         jaxwm.load(folder, member=4)
-
-
-def test_a_full_device_is_told():
-    told = r"out of memory: RESOURCE_EXHAUSTED: 9 GiB Lower --replay\.capacity"
-    with pytest.raises(JaxwmError, match=told), _memory_in_words():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), _memory_in_words():
-        raise jax.errors.JaxRuntimeError("INTERNAL: other")

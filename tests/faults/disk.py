@@ -19,11 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxwm import checkpoint, train
-from jaxwm.run import run as train_run
-from tests.faults.damage import Answer, bits, command, holds, small, steady, train_words
+from jaxwm import checkpoint
+from tests.faults.damage import Answer, command, holds, small, steady
+from tests.faults.runs import CLI, Truth, words
 
-CONFIG = small(steps=1200, save_every=120)
+CONFIG = small(steps=6000, save_every=300)
+# When the disk becomes full.
+MOMENTS = ("at the start", "after lines", "while saving", "while saving", "at the end")
+_SPARE = 1 << 20  # bytes without which no save is begun
 _NO_DISK = "A disk of its own could not be mounted, so nothing was tested"
 
 
@@ -73,42 +76,35 @@ def mounted(place: Path, size: int) -> Iterator[Disk]:
         disk.close()
 
 
-class Truth:
-    """The run that has all the room it needs.
+def trial(truth: Truth, disk: Disk, room: int, random: np.random.Generator) -> str:
+    """One run on a disk that fills up.
 
     Args:
-      folder: where it goes.
+      truth: the run that has all the room it needs.
+      disk: where this one goes.
+      room: bytes that are enough for it.
+      random: draws when the disk is full, and whether and when it no longer is.
+
+    Returns:
+      "went on" or "ended".
+
+    Raises:
+      Broken: if a promise does not hold.
     """
-
-    def __init__(self, folder: Path):
-        train_run(CONFIG, folder, quiet=True)
-        self._like = train.build(CONFIG).shapes()
-        self._state, self._lines = self._last(folder), steady(folder)
-        newest = folder / "checkpoints" / str(checkpoint.latest(folder))
-        self.size = sum(x.stat().st_size for x in newest.rglob("*"))
-
-    def _last(self, run: Path) -> str:
-        return bits(checkpoint.restore(run, self._like, CONFIG, lambda text: holds(False, text)))
-
-    def compare(self, run: Path) -> None:
-        """Holds that another run has come to the same end."""
-        holds(steady(run) == self._lines, "its metrics are not those of the run with room")
-        holds(self._last(run) == self._state, "its state is not that of the run with room")
-
-
-def trial(truth: Truth, disk: Disk, random: np.random.Generator) -> str:
-    """One run on a disk that fills up; gives "went on" or "ended"."""
     run = disk.place / "run"
-    full = int(random.integers(-1, CONFIG.steps // CONFIG.log_every))  # lines of metrics by then
-    freed = float(random.uniform(0, 4)) if random.random() < 0.5 else np.inf  # seconds later
+    moment, lines = (
+        MOMENTS[random.integers(len(MOMENTS))],
+        int(random.integers(CONFIG.steps // CONFIG.log_every)),
+    )
+    freed = float(random.uniform(0, 2)) if random.random() < 0.5 else np.inf  # seconds later
     with subprocess.Popen(
-        [sys.executable, "-m", "jaxwm.cli", *train_words(CONFIG, run)],
+        [*CLI, *words(CONFIG, run)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        while process.poll() is None and _lines(run) < full:
-            time.sleep(0.01)
+        while process.poll() is None and not _has_come(moment, lines, run):
+            time.sleep(0.001)
         until = time.monotonic() + freed
         while process.poll() is None and time.monotonic() < until:
             disk.fill()
@@ -116,7 +112,9 @@ def trial(truth: Truth, disk: Disk, random: np.random.Generator) -> str:
         if freed < np.inf:
             disk.free()
         answer = Answer(0, *process.communicate())._replace(code=process.returncode)
-    print(f"full after {full} lines, freed after {freed:.1f} s: {answer.code}", flush=True)
+    failed = answer.out.count("could not be written")
+    when = f"{moment} ({lines}), freed after {freed:.1f} s"
+    print(f"{when}: exit code {answer.code}, {failed} saves failed", flush=True)
     holds("Traceback" not in answer.out + answer.err, f"a traceback: {answer.err[-2000:]}")
     for line in answer.out.splitlines():
         failed = "could not be written" in line
@@ -132,43 +130,44 @@ def trial(truth: Truth, disk: Disk, random: np.random.Generator) -> str:
 
     answer.refusal()
     disk.free()
-    disk.grow(8 * truth.size)
-    begun = (run / checkpoint.CONFIG).exists()
-    words = ["resume", str(run)] if begun else train_words(CONFIG, run)
-    again = subprocess.run(
-        [sys.executable, "-m", "jaxwm.cli", *words], capture_output=True, text=True, check=False
-    )
+    disk.grow(room)
+    again = subprocess.run([*CLI, *words(CONFIG, run)], capture_output=True, text=True, check=False)
     holds(again.returncode == 0, f"with more room it does not go on: {again.stderr[-2000:]}")
     truth.compare(run)
     return "ended"
 
 
-def _lines(run: Path) -> int:
-    """Lines of metrics so far; -1 if there is no file yet."""
-    try:
-        return (run / "metrics.jsonl").read_bytes().count(b"\n")
-    except OSError:
-        return -1
+def _has_come(moment: str, lines: int, run: Path) -> bool:
+    """Whether a run is where its disk becomes full."""
+    if moment == "at the end":
+        return (run / "checkpoints" / str(CONFIG.steps)).exists()
+    if moment == "at the start":
+        return True
+    there = run / "metrics.jsonl"
+    come = there.exists() and there.read_bytes().count(b"\n") >= lines
+    return come and (moment == "after lines" or any(run.glob("checkpoints/.*.saving")))
 
 
 def measure(count: int, seed: int, folder: Path) -> dict[str, Any]:
     """So many runs on full disks; gives the line of results."""
     with mounted(folder / "try", 1 << 20):
         pass  # or it ends here, in words
-    truth = Truth(folder / "truth")
+    truth = Truth(CONFIG, folder / "truth")
+    newest = folder / "truth" / "checkpoints" / str(checkpoint.latest(folder / "truth"))
+    bytes_of_one = sum(x.stat().st_size for x in newest.rglob("*"))
     random, tally, broken = np.random.default_rng(seed), collections.Counter(), []
     for number in range(count):
-        size = int(truth.size * random.uniform(1.5, 5))
+        size = _SPARE + int(bytes_of_one * random.uniform(1.5, 5))
         with mounted(folder / f"disk-{number}", size) as disk:
             try:
-                tally[trial(truth, disk, random)] += 1
+                tally[trial(truth, disk, 8 * bytes_of_one, random)] += 1
             except Exception as error:
                 broken.append(f"disk {number}: {type(error).__name__}: {error}")
                 print(broken[-1], flush=True)
     return {
         "test": "disk",
         "count": count,
-        "checkpoint_bytes": truth.size,
+        "checkpoint_bytes": bytes_of_one,
         "went_on": tally["went on"],
         "ended_and_resumed": tally["ended"],
         "broken": broken,
