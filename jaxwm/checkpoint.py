@@ -20,13 +20,14 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import logging
 import math
 import os
 import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,7 @@ class Saver:
         self._folder = _whole(run / _FOLDER)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "saver")
         self._job: concurrent.futures.Future[None] | None = None
+        self._silence = contextlib.ExitStack()
         self._anew = False
         self.failed = False
         if jax.process_index() > 0:
@@ -218,11 +220,13 @@ class Saver:
                 (self._folder / str(step)).rename(_free(self._folder / f"{step}.damaged"))
 
     def __enter__(self) -> "Saver":
+        self._silence.enter_context(_quiet())
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.wait()
-        self._thread.shutdown()
+        with self._silence:
+            self.wait()
+            self._thread.shutdown()
 
     def wait(self) -> None:
         """Returns once what was to be saved has reached the disk, or has failed."""
@@ -378,6 +382,20 @@ class Saver:
             return
         for path in before:
             _remove(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax, and the futures that it leaves, from printing the errors that it raises."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def prune(run: Path) -> list[str]:

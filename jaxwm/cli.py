@@ -136,6 +136,8 @@ def _train(words: list[str]) -> None:
                 "--preset NAME."
             )
         known.env = "SUITE/NAME"
+    if known.run is not None and known.process in (None, 0):
+        lock.check(known.run)  # at once: jax takes longer to import
     from jaxwm.recipes import recipes
 
     if not wants_help:
@@ -143,8 +145,6 @@ def _train(words: list[str]) -> None:
     _load_own(known.env)
     default = recipes()[recipe](known.env, known.size, known.variant, known.preset)
     config = _configure(recipe, default, words, parser.flags())
-    if known.run is not None and known.process in (None, 0):
-        lock.check(known.run)
     from jaxwm.run import run
 
     run(config, known.run, tensorboard=known.tensorboard)

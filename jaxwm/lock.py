@@ -46,13 +46,12 @@ def hold(run: Path) -> Iterator[None]:
                 file.seek(0)
                 raise _taken(run, file.read())
             time.sleep(0.02)
-        file.truncate(0)
         # Only for people to read, so never in the way of the run.
         with contextlib.suppress(OSError):
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             about = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-            file.write(json.dumps(about) + "\n")
-            file.flush()
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{json.dumps(about)}\n".encode())
         yield
 
 

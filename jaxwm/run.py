@@ -6,8 +6,10 @@ once it has ended, `curve.png`, `dream.png` and `SUMMARY.md`.
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,7 +89,7 @@ def run(
     first = jax.process_index() == 0
     console = _Console(quiet=quiet or not first, highlight=False, markup=False, soft_wrap=True)
     mesh.wait("checked")  # before the first process writes into the folder
-    with lock.hold(folder) if first else contextlib.nullcontext():
+    with _disk_in_words(folder), lock.hold(folder) if first else contextlib.nullcontext():
         if first and not resume:
             _refuse_used(folder)  # another run may have come and gone
         console.print(_headline(config, program, folder))
@@ -112,6 +114,20 @@ def run(
         write_summary(config, summary, lines, pictures, program.replay.nbytes * config.shards)
         console.print(f"The summary is in {folder / SUMMARY}.")
         return summary
+
+
+@contextlib.contextmanager
+def _disk_in_words(folder: Path) -> Iterator[None]:
+    """Says what to do when the disk of a run takes no more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        raise JaxwmError(
+            f"The disk of {folder} takes no more ({os.strerror(error.errno)}). Checkpoints made "
+            f"before are kept. Make room, and go on with `jaxwm resume {folder}`."
+        ) from error
 
 
 class _Console(Console):

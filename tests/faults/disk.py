@@ -92,10 +92,8 @@ def trial(truth: Truth, disk: Disk, room: int, random: np.random.Generator) -> s
       Broken: if a promise does not hold.
     """
     run = disk.place / "run"
-    moment, lines = (
-        MOMENTS[random.integers(len(MOMENTS))],
-        int(random.integers(CONFIG.steps // CONFIG.log_every)),
-    )
+    moment = MOMENTS[random.integers(len(MOMENTS))]
+    lines = int(random.integers(CONFIG.steps // CONFIG.log_every))
     freed = float(random.uniform(0, 2)) if random.random() < 0.5 else np.inf  # seconds later
     with subprocess.Popen(
         [*CLI, *words(CONFIG, run)],
@@ -117,8 +115,8 @@ def trial(truth: Truth, disk: Disk, room: int, random: np.random.Generator) -> s
     print(f"{when}: exit code {answer.code}, {failed} saves failed", flush=True)
     holds("Traceback" not in answer.out + answer.err, f"a traceback: {answer.err[-2000:]}")
     for line in answer.out.splitlines():
-        failed = "could not be written" in line
-        holds(not failed or "no space left" in line.lower(), f"no cause is told: {line}")
+        clear = "could not be written" not in line or "no space left" in line
+        holds(clear, f"no cause is told: {line}")
     for step in checkpoint.steps(run):
         wrong = checkpoint.faults(run / "checkpoints" / str(step))
         holds(not wrong, f"checkpoint {step} is damaged: {wrong}")
@@ -154,13 +152,13 @@ def measure(count: int, seed: int, folder: Path) -> dict[str, Any]:
         pass  # or it ends here, in words
     truth = Truth(CONFIG, folder / "truth")
     newest = folder / "truth" / "checkpoints" / str(checkpoint.latest(folder / "truth"))
-    bytes_of_one = sum(x.stat().st_size for x in newest.rglob("*"))
+    bytes_of_one = sum(512 * x.stat().st_blocks for x in newest.rglob("*"))
     random, tally, broken = np.random.default_rng(seed), collections.Counter(), []
     for number in range(count):
-        size = _SPARE + int(bytes_of_one * random.uniform(1.5, 5))
+        size = _SPARE + int(bytes_of_one * random.uniform(1.5, 6))
         with mounted(folder / f"disk-{number}", size) as disk:
             try:
-                tally[trial(truth, disk, 8 * bytes_of_one, random)] += 1
+                tally[trial(truth, disk, size + 8 * bytes_of_one, random)] += 1
             except Exception as error:
                 broken.append(f"disk {number}: {type(error).__name__}: {error}")
                 print(broken[-1], flush=True)
