@@ -55,7 +55,7 @@ bench: $(RUNTIME) ## measure speed, scaling, memory and compile time, each in sh
 	$(PY) -m benchmarks.compile_time --sizes nano --out $(RESULTS)/compile_time.jsonl
 
 faults: $(DEV) ## kill, stop, corrupt, fill disks, diverge, race: an evening of it
-	for test in kill signals corrupt cuts disk diverge races changed cost soak; do \
+	for test in kill signals corrupt cuts disk diverge races changed preflight cost soak; do \
 		$(PY) -m tests.faults.$$test --out $(RESULTS)/reliability.jsonl || exit 1; \
 	done
 

@@ -59,7 +59,7 @@ def same(config: RunConfig, cut: int, twice: bool, folder: Path) -> dict[str, in
             state, _ = chunk(program.init(), cut // 3)
             for step in (1, 2):
                 saver.save(step, state)
-            state, _ = chunk(state, cut - cut // 3)
+            state, _ = chunk(state, cut - cut // 3, False)
         saver.save(cut + 3, state)
     del state
     restored = checkpoint.restore(folder, program.shapes(), config)

@@ -64,7 +64,7 @@ class Answer(NamedTuple):
         holds(self.code == 2, f"the exit code is {self.code}, not 2: {self.err[-2000:]}")
         holds("Traceback" not in self.out + self.err, f"a traceback: {self.err[-2000:]}")
         # Libraries may warn before; the last paragraph is jaxwm's.
-        at = self.err.rfind("jaxwm: ")
+        at = self.err.rfind("jaxwm:")
         holds(at >= 0 and "\n\n" not in self.err[at:].strip(), f"no paragraph: {self.err[-2000:]}")
         return " ".join(self.err[at:].split())
 

@@ -57,6 +57,9 @@ def suffer(truth: Truth, run: Path, kills: int, seed: int) -> collections.Counte
             tally["resumed"] += 1
             at = int(begun[1].replace(",", ""))
             holds(at >= before[-1], f"went on from {at}, where {before[-1]} was saved")
+        # The end would be the same, so comparing with the truth does not show it.
+        anew = "begins again" in out and before
+        holds(not anew, f"began again, where {before[-1:]} was saved: {out[-2000:]}")
         holds("is damaged" not in out, f"a checkpoint is damaged after a kill: {out[-2000:]}")
         if process.returncode == 0:
             truth.compare(run)

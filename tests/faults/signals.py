@@ -11,6 +11,7 @@ import collections
 import re
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.faults.runs import CLI, Truth, words
 CONFIG = small(steps=4000, save_every=1000, eval_episodes=1)
 _LIMIT = 10.0  # seconds from the signal to the end
 _AT_ONCE = 2.0  # the same for the second signal
+_PATIENCE = 120.0  # seconds after which a process is taken to hang, and is killed
 
 
 def ask(truth: Truth, run: Path, random: np.random.Generator, kind: str) -> tuple[bool, float]:
@@ -37,6 +39,8 @@ def ask(truth: Truth, run: Path, random: np.random.Generator, kind: str) -> tupl
         text=True,
     ) as process:
         assert process.stdout
+        watchdog = threading.Timer(_PATIENCE, process.kill)
+        watchdog.start()
         if kind == "early":
             time.sleep(random.uniform(0.5, 2))
         else:
@@ -53,7 +57,10 @@ def ask(truth: Truth, run: Path, random: np.random.Generator, kind: str) -> tupl
             process.send_signal(number)
         told += process.stdout.read()
         code, took = process.wait(), time.monotonic() - asked
-    if code == 0 or "The summary is in" in told:  # it was about to end by itself
+        watchdog.cancel()
+    # It was about to end by itself, and Python's own handlers were back.
+    ended = "The summary is in" in told and code in (-number, 128 + number)
+    if code == 0 or ended:
         return True, 0.0
     holds(code == 128 + number, f"{number.name} ended it with {code}: {told[-2000:]}")
     limit = _AT_ONCE if kind == "twice" else _LIMIT
