@@ -384,10 +384,14 @@ class Saver:
             _remove(path)
 
 
+# Orbax's own log, and that of futures whose loop has ended.
+_LOUD = ("absl", "asyncio", "concurrent.futures")
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps Orbax, and the futures that it leaves, from printing the errors that it raises."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    loggers = [logging.getLogger(name) for name in _LOUD]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)

@@ -60,12 +60,13 @@ def main(argv: list[str] | None = None) -> int:
       The exit code: 0, 1 if what was checked is broken, 2 after bad input or if the run had to
       end, 130 after an interrupt, 143 after SIGTERM.
     """
+    whole = argv is None
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names may have letters that it does not take
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _dispatch(argv)
+        code = _dispatch(argv, whole)
         print(end="", flush=True)
         return code
     except BrokenPipeError:  # whoever read along has read enough
@@ -90,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
-def _dispatch(argv: list[str]) -> int:
+def _dispatch(argv: list[str], whole: bool) -> int:
+    """Runs a command, which is the whole of the process or not; gives its exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
@@ -104,7 +106,7 @@ def _dispatch(argv: list[str]) -> int:
         raise UsageError(_unknown(name, _COMMANDS, "command"))
     _keep_compiled_programs()
     try:
-        with at_once():
+        with at_once(to_the_end=whole):
             _COMMANDS[name](words)
     except SystemExit as stop:  # after --help, a signal, or a check that found something
         return int(stop.code or 0)

@@ -1,11 +1,12 @@
 """Signals that ask a run to stop: the first is remembered, a second one acts at once."""
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -15,11 +16,15 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.S
 
 
 @contextlib.contextmanager
-def at_once() -> Iterator[None]:
+def at_once(to_the_end: bool = False) -> Iterator[None]:
     """Ends the process at a signal, with the exit code 128 + its number, while the body runs.
 
     Not even a long compilation, which Python's own handlers wait for, puts it off. Only the first
     thread can have this; for others nothing changes.
+
+    Args:
+      to_the_end: whether the process ends after the body. It goes on then to answer in this way
+        until the interpreter is taken down, which nothing can hurry and no signal should fail.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -36,11 +41,20 @@ def at_once() -> Iterator[None]:
         os.close(source)
 
     threading.Thread(target=listen, daemon=True).start()
+    put_back = _handle(lambda number, frame: None, sink)
+    if to_the_end:
+        atexit.register(_ignore)
     try:
-        with _handled(lambda number, frame: None, sink):
-            yield
+        yield
     finally:
-        os.close(sink)
+        if not to_the_end:
+            put_back()
+            os.close(sink)
+
+
+def _ignore() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -53,27 +67,33 @@ def asked() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    with contextlib.ExitStack() as handling:
 
-        def note(number: int, frame: Any) -> None:
-            received.append(number)
-            handling.close()  # whoever asks twice wants it now
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        put_back()  # whoever asks twice wants it now
 
-        handling.enter_context(_handled(note))
+    put_back = _handle(note)
+    try:
         yield received
+    finally:
+        put_back()
 
 
-@contextlib.contextmanager
-def _handled(handler: Any, sink: int = -1) -> Iterator[None]:
-    """Lets a function handle the signals, and their numbers be written to a pipe at once."""
+def _handle(handler: Any, sink: int = -1) -> Callable[[], None]:
+    """Lets a function handle the signals, and their numbers be written to a pipe at once.
+
+    Returns:
+      What puts the handlers and the pipe back that were there before.
+    """
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     wake = signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for number, old in before.items():
             signal.signal(number, old)
+
+    return put_back
 
 
 def leave(number: int) -> None:

@@ -57,20 +57,9 @@ def parity_dir(request: pytest.FixtureRequest) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def tiny() -> "jaxwm.RunConfig":
     """A run of seconds, for tests of what surrounds the learning; they share its program."""
-    from jaxwm.recipes import RunConfig, dreamer_v3
-    from jaxwm.replay import ReplayConfig
+    from tests.faults.damage import TINY
 
-    return RunConfig(
-        env="toy/Memory",
-        size="debug",
-        agent=dreamer_v3.agent("debug"),
-        steps=200,
-        envs=4,
-        replay=ReplayConfig(capacity=400, batch_size=2, batch_length=6, train_ratio=2.0),
-        eval_episodes=3,
-        log_every=40,
-        save_every=100,
-    )
+    return TINY
 
 
 @pytest.fixture(scope="session")

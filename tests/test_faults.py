@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from tests.faults import changed, corrupt, cuts, damage, diverge, kill, races, signals
+from tests.faults import changed, corrupt, cuts, damage, disk, diverge, kill, races, signals
 
 
 @pytest.mark.slow
@@ -16,6 +16,15 @@ def test_kills_lose_nothing(tmp_path):
 def test_signals_save_and_lose_nothing(tmp_path):
     line = signals.measure(3, 0, tmp_path)
     assert line["broken"] == [] and line["signals"] == 3
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(tmp_path):
+    try:
+        line = disk.measure(1, 0, tmp_path)
+    except SystemExit as end:  # nothing can be mounted here
+        pytest.skip(str(end))
+    assert line["broken"] == []
 
 
 @pytest.mark.slow

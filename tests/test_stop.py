@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -30,6 +31,16 @@ with stop.at_once(), stop.asked() as received:
 """
 
 
+# A command is done, and what was registered for the exit takes its time; then the signals are deaf.
+DONE = """
+import atexit, time
+from jaxwm import stop
+with stop.at_once(to_the_end=True):
+    pass
+atexit.register(lambda: (print("ready", flush=True), time.sleep({seconds})))
+"""
+
+
 def started(code: str) -> subprocess.Popen[bytes]:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout and process.stdout.readline() == b"ready\n"
@@ -50,6 +61,21 @@ def test_the_first_is_remembered_and_the_second_ends_the_process(number):
         assert process.stdout and int(process.stdout.readline()) == number
         process.send_signal(number)
         assert process.wait(10) == 128 + number
+
+
+def test_a_signal_after_the_end_of_a_command_is_answered_in_the_same_way():
+    with started(DONE.format(seconds=60)) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 143
+
+
+def test_the_end_of_the_interpreter_fails_at_no_signal():
+    last = "import atexit, time\nprint('ready', flush=True)\n"
+    last += "atexit.register(lambda: time.sleep(2))\n"  # it runs after what is registered later
+    with started(last + DONE.format(seconds=0).replace("print(", "id(")) as process:
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
 
 
 def test_handlers_are_put_back():

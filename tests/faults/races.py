@@ -13,7 +13,6 @@ import os
 import resource
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +22,10 @@ from jaxwm import lock
 from jaxwm.log import read_metrics
 from jaxwm.run import run as train_run
 from tests.faults.damage import Answer, command, copy, holds, plain, small, steady, train_words
+from tests.faults.runs import CLI
 
 CONFIG = small(steps=4000, save_every=1000, eval_episodes=0)
 HALF = small(steps=2000, save_every=1000, eval_episodes=0)
-CLI = [sys.executable, "-m", "jaxwm.cli"]
 _PATIENCE = 1.0  # seconds of a processor beside those that any command takes
 _LIMIT = 300.0  # seconds
 
