@@ -207,7 +207,7 @@ class Saver:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "saver")
         self._job: concurrent.futures.Future[None] | None = None
         self._silence = contextlib.ExitStack()
-        self._anew = False
+        self._anew = self._has_failed = False
         self.failed = False
         if jax.process_index() > 0:
             return
@@ -224,9 +224,10 @@ class Saver:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self._silence:
-            self.wait()
-            self._thread.shutdown()
+        self.wait()
+        self._thread.shutdown()
+        if not self._has_failed:  # futures of a failed save speak up at any time
+            self._silence.close()
 
     def wait(self) -> None:
         """Returns once what was to be saved has reached the disk, or has failed."""
@@ -325,7 +326,8 @@ class Saver:
             self._tell_failed(step, error)
 
     def _tell_failed(self, step: int, error: Exception) -> None:
-        self.failed, there = True, steps(self._run)
+        self.failed = self._has_failed = True
+        there = steps(self._run)
         stays = f"that of step {there[-1]:,} stays" if there else "there is none yet"
         self._tell(
             f"The checkpoint of step {step:,} could not be written to {self._folder}: "

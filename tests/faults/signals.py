@@ -22,7 +22,7 @@ from jaxwm import checkpoint
 from tests.faults.damage import Broken, command, holds, small
 from tests.faults.runs import CLI, Truth, words
 
-CONFIG = small(steps=4000, save_every=1000, eval_episodes=1)
+CONFIG = small(steps=20_000, save_every=5_000, eval_episodes=1)
 _LIMIT = 10.0  # seconds from the signal to the end
 _AT_ONCE = 2.0  # the same for the second signal
 _PATIENCE = 120.0  # seconds after which a process is taken to hang, and is killed
