@@ -27,7 +27,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,6 @@ class Saver:
         self._folder = _whole(run / _FOLDER)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "saver")
         self._job: concurrent.futures.Future[None] | None = None
-        self._silence = contextlib.ExitStack()
         self._anew = self._has_failed = False
         self.failed = False
         if jax.process_index() > 0:
@@ -220,14 +219,14 @@ class Saver:
                 (self._folder / str(step)).rename(_free(self._folder / f"{step}.damaged"))
 
     def __enter__(self) -> "Saver":
-        self._silence.enter_context(_quiet())
+        self._speak = _silence()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.wait()
         self._thread.shutdown()
         if not self._has_failed:  # futures of a failed save speak up at any time
-            self._silence.close()
+            self._speak()
 
     def wait(self) -> None:
         """Returns once what was to be saved has reached the disk, or has failed."""
@@ -390,18 +389,31 @@ class Saver:
 _LOUD = ("absl", "asyncio", "concurrent.futures")
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax, and the futures that it leaves, from printing the errors that it raises."""
+def _silence() -> Callable[[], None]:
+    """Keeps Orbax, and the futures that it leaves, from printing the errors that it raises.
+
+    Threads of TensorStore that come to a loop which a failed save has closed can raise theirs
+    nowhere.
+
+    Returns:
+      What ends it.
+    """
     loggers = [logging.getLogger(name) for name in _LOUD]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
+    before, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def late(error: Any) -> None:
+        if str(error.exc_value) != "Event loop is closed":
+            hook(error)
+
+    def end() -> None:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+        sys.unraisablehook = hook
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = late
+    return end
 
 
 def prune(run: Path) -> list[str]:
