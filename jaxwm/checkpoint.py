@@ -9,14 +9,16 @@ A checkpoint is a folder RUN/checkpoints/STEP, which has this name once it is co
 - `MANIFEST.json`: the configuration, every leaf's path, type, shape and checksum, and every file's
   size and checksum; see `manifest`.
 
-Orbax writes and reads the arrays, by number, so that any pytree can be stored. Which checkpoint is
-the latest is stored nowhere: it is the one with the largest step that agrees with its manifest. Two
-are kept. Each takes its rows over from the one before the last, which goes when the new one is
-complete; so no two share a file, and damage to one never reaches the other.
+Orbax writes and reads the arrays, by number, so that any pytree can be stored. The small ones of a
+part are stored as one: each array costs Orbax time, and memory that it never gives back. Which
+checkpoint is the latest is stored nowhere: it is the one with the largest step that agrees with its
+manifest. Two are kept. Each takes its rows over from the one before the last, which goes when the
+new one is complete; so no two share a file, and damage to one never reaches the other.
 """
 
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import functools
@@ -52,6 +54,8 @@ _BEST = "best-"
 # What a save that was ended leaves, in this version and the first; and all that is a checkpoint's.
 _LEFT_OVER = re.compile(r"\.[\w.-]+\.(saving|old)|\d+\.orbax-checkpoint-tmp.*")
 _OURS = re.compile(rf"{_LEFT_OVER.pattern}|\d+|{_BEST}\d+(\.\d+)?|\d+\.damaged(\.\d+)?")
+_SMALL = 1 << 20  # bytes of a leaf that is stored with others in one array
+_PACK = "small"
 _MOST_PIECES = 64  # of the replay's rows; beyond, they are written anew as one
 
 
@@ -309,6 +313,8 @@ class Saver:
         work = self._folder / f".{step}.saving"
         try:
             self._write_all(work, parts, about, base)
+            parts.clear()
+            _trim()
             if jax.process_index() == 0:
                 work.rename(self._folder / str(step))
                 manifest.settle(self._folder)
@@ -345,23 +351,26 @@ class Saver:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
         mesh.wait(f"begun {work.name}")
+        packed = {name: _small(part) for name, part in parts.items()}
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             for name, part in parts.items():
-                checkpointer.save(work / name, args=ocp.args.StandardSave(part))  # type: ignore
+                stored = _pack(part, packed[name])
+                checkpointer.save(work / name, args=ocp.args.StandardSave(stored))  # type: ignore
         if not first:
             return
         known, sums = {}, {name: _sums(part) for name, part in parts.items()}
         if base is not None:
             before = manifest.read(base)
-            sums = before["sums"] | sums
+            sums, packed = before["sums"] | sums, before.get("packed", {}) | packed
             for piece in _pieces(about["replay"]):
                 name = _piece(*piece)
                 if name not in parts:
                     shutil.copytree(base / name, work / name, copy_function=_link)
                     known |= {x: y for x, y in before["files"].items() if x.startswith(f"{name}/")}
             sums = {name: x for name, x in sums.items() if (work / name).is_dir()}
+            packed = {name: packed.get(name, []) for name in sums}
         manifest.settle(self._run / "metrics.jsonl")  # no checkpoint is ahead of the metrics
-        manifest.seal(work, {**about, "sums": sums}, known)
+        manifest.seal(work, {**about, "sums": sums, "packed": packed}, known)
 
     def _remember_best(self, step: int, score: float | None) -> None:
         """Keeps the networks of a checkpoint beside it, if their returns are the best so far."""
@@ -371,7 +380,8 @@ class Saver:
         source, work = self._folder / str(step), self._folder / f".{_BEST}{step}.saving"
         found = manifest.read(source)
         about = {name: found[name] for name in ("step", "score", "config", "versions")}
-        about |= {name: {"params": found[name]["params"]} for name in ("leaves", "sums")}
+        names = [name for name in ("leaves", "sums", "packed") if name in found]
+        about |= {name: {"params": found[name]["params"]} for name in names}
         try:
             shutil.copytree(source / "params", work / "params")
             manifest.seal(work, about)
@@ -531,10 +541,16 @@ def _state(folder: Path, found: dict[str, Any], like: Any, config: RunConfig, ac
 
 def _read(folder: Path, found: dict[str, Any], name: str, like: PyTree) -> PyTree:
     """A part of a checkpoint, whose leaves are as they were when it was saved."""
-    stored = {number: _place(leaf) for number, leaf in _numbered(like).items()}
+    places = {number: _place(leaf) for number, leaf in _numbered(like).items()}
+    small = _small_there(found, name, places)
+    stored = {number: place for number, place in places.items() if number not in small}
+    if small:
+        size = sum(_size(place) for place in small.values())
+        stored[_PACK] = np.broadcast_to(np.zeros((), np.uint8), (size,))
     path = _whole(folder / name)
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            _check_sizes(checkpointer.metadata(path).item_metadata.tree, stored)  # type: ignore
             got = checkpointer.restore(
                 path,
                 args=ocp.args.StandardRestore(stored),  # type: ignore
@@ -542,12 +558,25 @@ def _read(folder: Path, found: dict[str, Any], name: str, like: PyTree) -> PyTre
     except Exception as error:
         text = f"{type(error).__name__}: {str(error)[:200]}"
         raise Damaged(f"{name} cannot be read ({text})") from error
+    if small:
+        got |= _unpack(got.pop(_PACK), small)
     sums = found.get("sums", {}).get(name, {})
     for number, leaf in got.items():
         known = sums.get(number)
         if known is not None and _is_whole(leaf) and _sum(leaf) != known:
             raise Damaged(f"leaf {number} of {name} has changed")
     return _join(like, got)
+
+
+def _check_sizes(there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises an error if arrays, or the blocks they are stored in, are larger than they should be.
+
+    No memory is to be asked for on their word.
+    """
+    for number, place in here.items():
+        shape, block = there[number].shape, there[number].storage.chunk_shape
+        if tuple(shape) != place.shape or any(x > y for x, y in zip(block, shape, strict=True)):
+            raise ValueError(f"{number} has shape {shape} in blocks of {block}, not {place.shape}")
 
 
 def _check(
@@ -746,6 +775,57 @@ def _join(like: PyTree, found: dict[str, Any]) -> PyTree:
     return jax.tree.unflatten(tree, full)
 
 
+def _small(part: dict[str, Any]) -> list[str]:
+    """The numbers of the leaves that are stored in one array."""
+    return [number for number, x in part.items() if x.nbytes < _SMALL and _is_whole(x)]
+
+
+def _small_there(found: dict[str, Any], name: str, places: dict[str, Any]) -> dict[str, Any]:
+    """The leaves of a part that are stored in one array."""
+    try:
+        numbers = found.get("packed", {}).get(name, [])
+        small = {str(number): places[number] for number in numbers}
+        if len(small) < len(numbers):
+            raise ValueError(numbers)
+    except manifest.UNREADABLE:
+        raise Damaged(f"its manifest names leaves of {name} that it cannot have") from None
+    return small
+
+
+def _pack(part: dict[str, Any], small: list[str]) -> dict[str, Any]:
+    """The arrays of a part as they are stored, the small ones as the bytes of all."""
+    if not small:
+        return part
+    large = {number: leaf for number, leaf in part.items() if number not in small}
+    return large | {_PACK: np.concatenate([_bytes(part[number]) for number in small])}
+
+
+def _unpack(data: np.ndarray, small: dict[str, Any]) -> dict[str, Any]:
+    """The small arrays of a part, on their devices but for what is numpy."""
+    leaves, start = {}, 0
+    for number, place in small.items():
+        stop = start + _size(place)
+        leaf = data[start:stop].copy().view(place.dtype).reshape(place.shape)
+        is_numpy = isinstance(place, np.ndarray)
+        leaves[number] = leaf if is_numpy else jax.device_put(leaf, place.sharding, may_alias=False)
+        start = stop
+    return leaves
+
+
+def _size(place: Any) -> int:
+    return math.prod(place.shape) * place.dtype.itemsize
+
+
+def _bytes(leaf: Any) -> np.ndarray:
+    return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+
+
+def _trim() -> None:
+    """Gives back what a save took; the C library would keep it for Orbax's threads."""
+    with contextlib.suppress(AttributeError):  # it is not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _sums(part: dict[str, Any]) -> dict[str, int]:
     """Checksums of leaves by number, of those that are here whole."""
     return {number: _sum(leaf) for number, leaf in part.items() if _is_whole(leaf)}
@@ -756,7 +836,7 @@ def _is_whole(leaf: Any) -> bool:
 
 
 def _sum(leaf: Any) -> int:
-    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    return zlib.crc32(_bytes(leaf).data)
 
 
 def _piece(first: int, stop: int) -> str:

@@ -78,6 +78,7 @@ def read(folder: Path) -> dict[str, Any]:
         files = {str(path): (int(size), int(sum)) for path, (size, sum) in found["files"].items()}
         for parts in (found["leaves"], found.get("sums", {})):
             _ = [dict(part) for part in parts.values()]
+        _ = [list(numbers) for numbers in found.get("packed", {}).values()]
         _ = found["config"], found["step"]
     except FileNotFoundError:
         raise Damaged(f"{NAME} is missing") from None

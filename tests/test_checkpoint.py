@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxwm import checkpoint, train
@@ -139,6 +140,24 @@ def test_only_new_rows_are_written_and_the_ring_comes_back(tiny, tmp_path, xp):
             if step > 1:
                 before = files(tmp_path / "checkpoints" / str(step - 1))
                 assert not set(before.values()) & set(files(folder).values())
+
+
+@pytest.mark.parametrize("xp", [jnp, np], ids=["device", "host"])
+@pytest.mark.parametrize(("limit", "stored"), [(0, "01"), (20, ["0", "small"]), (25, ["small"])])
+def test_small_leaves_are_stored_as_one_array(tiny, tmp_path, monkeypatch, limit, stored, xp):
+    """The parameters are arrays of 24 and 4 bytes; whatever the limit was, all comes back."""
+    monkeypatch.setattr(checkpoint, "_SMALL", limit)
+    with checkpoint.Saver(tmp_path, tiny, pytest.fail) as saver:
+        saver.save(1, state(1, 3, xp))
+    monkeypatch.undo()
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        there = checkpointer.metadata(tmp_path / "checkpoints" / "1" / "params")
+    assert sorted(there.item_metadata.tree) == sorted(stored)
+    like = jax.eval_shape(state)
+    like = like._replace(buffer=state(1, 3, xp).buffer) if xp is np else like
+    found = checkpoint.restore(tmp_path, like, tiny, pytest.fail)
+    assert bits(found) == bits(state(1, 3, xp))
+    assert isinstance(found.buffer.rows.reward, xp.ndarray)
 
 
 def test_a_state_may_be_overwritten_as_soon_as_saving_has_begun(tiny, tmp_path):

@@ -321,7 +321,8 @@ def sealed(step: Path, change: Callable[[Path], Any]) -> None:
 
 
 def arrays(step: Path, leaf: np.ndarray) -> None:
-    """Stores other arrays as parameters, the first of which is `leaf`."""
+    """Stores other arrays as parameters, each for itself, the first of which is `leaf`."""
+    claim(step, lambda found: found["packed"].update(params=[]))
     kept = json.loads((step / manifest.NAME).read_text("utf-8"))["leaves"]["params"]
     tree = {str(i): np.zeros((), np.float32) for i in range(len(kept))} | {"0": leaf}
 
@@ -334,15 +335,24 @@ def arrays(step: Path, leaf: np.ndarray) -> None:
 
 
 def metadata(step: Path, **changes: Any) -> None:
-    """Changes what the first array says of itself, in the files that hold the arrays."""
+    """Changes what the array of small leaves says of itself, in the files that hold the arrays."""
 
     def change(folder: Path) -> None:
         base = {"driver": "file", "path": f"{folder}/params/"}
         store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-        found = json.loads(store["0/.zarray"])
-        store["0/.zarray"] = json.dumps(found | changes).encode()
+        found = json.loads(store["small/.zarray"])
+        store["small/.zarray"] = json.dumps(found | changes).encode()
 
     sealed(step, change)
+
+
+def packed(step: Path, numbers: Any) -> None:
+    """Has the manifest name other small leaves."""
+    claim(step, lambda x: x["packed"].update(params=numbers))
+
+
+def backwards(found: dict[str, Any]) -> None:
+    found["packed"]["params"].reverse()
 
 
 def known(step: Path, path: str, size: int) -> None:
@@ -387,6 +397,11 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no leaves": (lambda x: claim(x, lambda y: y.pop("leaves")), "is damaged"),
     "leaves that are none": (lambda x: claim(x, lambda y: y.update(leaves=[1])), "is damaged"),
     "checksums that are none": (lambda x: claim(x, lambda y: y.update(sums=[1])), "is damaged"),
+    "small leaves that are none": (lambda x: packed(x, ["0", "999"]), "it cannot have"),
+    "a small leaf twice": (lambda x: packed(x, ["0", "0"]), "it cannot have"),
+    "small leaves that are a number": (lambda x: packed(x, 7), "cannot be read"),
+    "fewer small leaves": (lambda x: packed(x, ["0"]), "be read"),
+    "small leaves in another order": (lambda x: claim(x, backwards), "has changed"),
     "another step": (lambda x: claim(x, lambda y: y.update(step=7)), "of step 7"),
     "a path out of the folder": (lambda x: known(x, "../../config.json", 1), "no file of a"),
     "a path out of a part": (lambda x: known(x, "params/../../../config.json", 1), "no file of a"),
@@ -426,12 +441,12 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "arrays of another shape": (lambda x: arrays(x, np.zeros((3, 5), np.float32)), "be read"),
     "arrays of another type": (lambda x: arrays(x, np.zeros(2, np.int64)), ""),
-    "an array of 200 GB": (lambda x: metadata(x, shape=[50 << 30]), "be read"),
+    "an array of 200 GB": (lambda x: metadata(x, shape=[200 << 30]), "be read"),
     "an array of a thousand axes": (
         lambda x: metadata(x, shape=[1] * 1000, chunks=[1] * 1000),
         "be read",
     ),
-    "an array in parts of 200 GB": (lambda x: metadata(x, chunks=[50 << 30]), "be read"),
+    "an array in parts of 200 GB": (lambda x: metadata(x, chunks=[200 << 30]), "be read"),
     "an old checkpoint with a link": (
         lambda x: old(x) or (x / "params" / "d" / "more").symlink_to("/etc/passwd"),
         "no ordinary file",
