@@ -18,7 +18,6 @@ new one is complete; so no two share a file, and damage to one never reaches the
 
 import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import functools
@@ -39,7 +38,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from jaxwm import manifest, mesh
+from jaxwm import heap, manifest, mesh
 from jaxwm.config import differences, from_dict, read_json, require, to_dict
 from jaxwm.manifest import Damaged
 from jaxwm.recipes import RunConfig
@@ -250,12 +249,14 @@ class Saver:
         if (self._folder / str(step)).exists():
             self.failed = False
             return
+        heap.borrow()
         try:
             parts, about, taken = self._prepare(step, state)
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() > 1:
                 raise
             self._tell_failed(step, error)
+            heap.give_back()
             return
         about["score"] = score if math.isfinite(score) else None
         write = functools.partial(self._write, step, parts, about, taken)
@@ -313,8 +314,6 @@ class Saver:
         work = self._folder / f".{step}.saving"
         try:
             self._write_all(work, parts, about, base)
-            parts.clear()
-            _trim()
             if jax.process_index() == 0:
                 work.rename(self._folder / str(step))
                 manifest.settle(self._folder)
@@ -329,6 +328,9 @@ class Saver:
             self._anew = True
             shutil.rmtree(work, ignore_errors=True)
             self._tell_failed(step, error)
+        finally:
+            parts.clear()
+            heap.give_back()
 
     def _tell_failed(self, step: int, error: Exception) -> None:
         self.failed = self._has_failed = True
@@ -818,12 +820,6 @@ def _size(place: Any) -> int:
 
 def _bytes(leaf: Any) -> np.ndarray:
     return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-
-
-def _trim() -> None:
-    """Gives back what a save took; the C library would keep it for Orbax's threads."""
-    with contextlib.suppress(AttributeError):  # it is not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _sums(part: dict[str, Any]) -> dict[str, int]:
