@@ -39,15 +39,20 @@ def device_bytes() -> int:
     return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def row_bytes(config: AgentConfig, obs: str) -> dict[str, int]:
-    """Bytes that a row takes in the replay: of its observation, its latent, and the rest of it."""
+def row_bytes(config: AgentConfig, obs: str) -> dict[str, float]:
+    """Bytes that a row takes in the replay: of its observation, its latent, and the rest of it.
+
+    With few latents, of which the replay keeps every 64th.
+    """
     _, _, carry, steps, _ = work(config, obs, 1, 1, shapes=True)
     row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), steps)
-    memory = replay(ReplayConfig(1000, 1, 64), row, carry)
-    rows, deter, stoch = (nbytes(part) // 1000 for part in memory.shapes)
+    memory = replay(ReplayConfig(6400, 1, 64), row, carry)
+    rows, deter, stoch = (nbytes(part) // 6400 for part in memory.shapes)
+    few = replay(ReplayConfig(6400, 1, 64, context_every=64), row, carry).nbytes / 6400
     seen = nbytes(jax.eval_shape(lambda: zeros(spaces(obs)[0], ())))
     parts = {"observation": seen, "deter": deter, "stoch": stoch, "rest": rows - seen}
-    return parts | {"above_observation": deter + stoch + rows - seen}
+    above = {"above_observation": deter + stoch + rows - seen}
+    return parts | above | {"above_observation_with_few_latents": round(few - seen, 1)}
 
 
 def update_bytes(config: AgentConfig, obs: str, batch: int, length: int) -> dict[str, int]:

@@ -3,7 +3,8 @@
 A checkpoint is a folder RUN/checkpoints/STEP, which has this name once it is complete:
 
 - `params`: the networks, all that acting needs;
-- `rest`: optimiser, statistics, environments, counters, keys, and the latents in the replay;
+- `rest`: optimiser, statistics, environments, counters, keys;
+- `latents`: those in the replay, which training changes everywhere;
 - `rows-FIRST-STOP`: rows of the replay, counted from the start of the run. Rows never change, so
   those that an earlier checkpoint has are taken over from it, as hard links where there are such;
 - `MANIFEST.json`: the configuration, every leaf's path, type, shape and checksum, and every file's
@@ -271,10 +272,7 @@ class Saver:
         buffer, capacity = state.buffer, state.buffer.rows.is_first.shape[-1]
         base, pieces = self._rows_on_disk(written - capacity)
         first = pieces[-1][1] if pieces else max(0, written - capacity)
-        latents = _take((buffer.deter, buffer.stoch), 0, _rounded(written, state), axis)
-        short = buffer._replace(rows=(), deter=latents[0], stoch=latents[1])
-        rest = _without_params(state)._replace(buffer=short)
-        whole = {"params": state.agent.params, "rest": rest}
+        whole = {"params": state.agent.params, "rest": _rest(state)}
         about = {
             "step": step,
             "config": to_dict(self._config),
@@ -282,12 +280,15 @@ class Saver:
             "leaves": {name: _describe(part) for name, part in whole.items()},
         }
         parts = {name: _copy(part) for name, part in whole.items()}
+        size, blocks = _blocks(buffer, written)
+        latents = (buffer.deter, buffer.stoch)
+        parts["latents"] = _numbered([_take(latents, first, size, axis) for first in blocks])
         if written > first:
             pieces.append([first, written])
             new = _take(buffer.rows, first, written - first, axis)
             parts[_piece(first, written)] = _numbered(new)
-        about["replay"] = {"written": written, "pieces": pieces, "leaves": _describe(buffer.rows)}
-        return parts, about, base
+        about["replay"] = {"written": written, "pieces": pieces, "leaves": _describe(buffer)}
+        return {name: part for name, part in parts.items() if part}, about, base
 
     def _rows_on_disk(self, oldest: int) -> tuple[Path | None, list[list[int]]]:
         """The checkpoint before the last, and its rows, as far as they are not all outdated."""
@@ -519,25 +520,26 @@ def _state(folder: Path, found: dict[str, Any], like: Any, config: RunConfig, ac
     axis, buffer = _axis(like), like.buffer
     try:
         written, pieces = int(found["replay"]["written"]), _pieces(found["replay"])
-        rows = dict(found["leaves"], rows=dict(found["replay"]["leaves"]))
+        leaves = dict(found["leaves"], replay=dict(found["replay"]["leaves"]))
         capacity = like.buffer.rows.is_first.shape[-1]
         if not all(0 <= a < b <= min(written, a + capacity) for a, b in pieces) or written >> 31:
             raise ValueError(pieces)
-        size = _rounded(written, like)
+        size, blocks = _blocks(buffer, written)
     except manifest.UNREADABLE:
         raise Damaged("its manifest lacks the replay") from None
-    deter, stoch = (_resized(x, size, axis) for x in (buffer.deter, buffer.stoch))
-    short = buffer._replace(rows=(), deter=deter, stoch=stoch)
-    parts = {"params": like.agent.params, "rest": _without_params(like)._replace(buffer=short)}
-    _check(folder, {**found, "leaves": rows}, {**parts, "rows": buffer.rows}, config, accept)
+    parts = {"params": like.agent.params, "rest": _rest(like)}
+    _check(folder, {**found, "leaves": leaves}, {**parts, "replay": buffer}, config, accept)
     state = _read(folder, found, "rest", parts["rest"])
-    empty = _empty(buffer.deter), _empty(buffer.stoch)
-    deter, stoch = _put(empty, (state.buffer.deter, state.buffer.stoch), 0, axis)
+    latents = _empty(buffer.deter), _empty(buffer.stoch)
+    like_them = [tuple(_resized(x, size, axis) for x in latents)] * len(blocks)
+    stored = _read(folder, found, "latents", like_them) if blocks else []
+    for first, block in zip(blocks, stored, strict=True):
+        latents = _put(latents, block, first, axis)
     filled = jax.tree.map(_empty, buffer.rows)
     for first, stop in pieces:  # the oldest first: what has replaced a row comes later
         part = jax.tree.map(lambda x, n=stop - first: _resized(x, n, axis), buffer.rows)
         filled = _put(filled, _read(folder, found, _piece(first, stop), part), first, axis)
-    state = state._replace(buffer=buffer._replace(rows=filled, deter=deter, stoch=stoch))
+    state = state._replace(buffer=type(buffer)(filled, *latents))
     return _with_params(state, _read(folder, found, "params", parts["params"]))
 
 
@@ -621,8 +623,11 @@ def _few(lines: list[str]) -> str:
 
 def _configured(data: Any) -> RunConfig:
     """A configuration from JSON, also of earlier versions."""
-    if isinstance(data, dict) and data.get("on_divergence") == "stop":
-        data = {**data, "on_divergence": "abort"}
+    if isinstance(data, dict):
+        if data.get("on_divergence") == "stop":
+            data = {**data, "on_divergence": "abort"}
+        if isinstance(data.get("replay"), dict):
+            data = {**data, "replay": {"context_every": 1, **data["replay"]}}
     return from_dict(RunConfig, data)
 
 
@@ -640,6 +645,10 @@ def _first_format(folder: Path) -> dict[str, Any]:
         return {"format": 1, "step": int(folder.name), "config": found["config"], "leaves": leaves}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise Damaged("its manifest cannot be read") from None
+
+
+def _rest(state: Any) -> Any:
+    return _without_params(state)._replace(buffer=())
 
 
 def _without_params(state: Any) -> Any:
@@ -668,14 +677,14 @@ def _axis(state: Any) -> int:
     return state.buffer.rows.is_first.ndim - 1
 
 
-def _rounded(written: int, state: Any) -> int:
-    """Rows of which latents are stored: those that are there, rounded up to an eighth of all.
+def _blocks(buffer: Any, written: int) -> tuple[int, range]:
+    """The size of blocks of latents, an eighth of all, and where those with any in them begin.
 
-    Every number of rows is a program to compile, if a small one.
+    All are as large, so that a single program copies them; the last may go over the end.
     """
-    capacity = state.buffer.rows.is_first.shape[-1]
-    eighth = -(-capacity // 8)
-    return min(capacity, -(-written // eighth) * eighth)
+    rows, most = buffer.rows.is_first.shape[-1], buffer.stoch.shape[buffer.rows.is_first.ndim - 1]
+    size = -(-most // 8)
+    return size, range(0, min(most, -(-written // (rows // most))), size)
 
 
 def _resized(leaf: Any, size: int, axis: int) -> Any:

@@ -1,8 +1,8 @@
 """Memory that was freed, and that the C library would keep.
 
-glibc takes memory from the system for every thread apart, and keeps up to 64 MiB that a thread has
-freed for what it asks for next. Threads of Orbax ask for copies of whole arrays at every save, each
-time other ones, so a process would grow for hours. Other C libraries are left alone.
+glibc takes memory from the system for every few threads apart, and keeps up to 64 MiB that they have
+freed for what they ask for next. A save asks for copies of whole arrays in threads of XLA and Orbax,
+each time in other ones, so a process would grow for hours. Other C libraries are left alone.
 
 Source: `man 3 mallopt`, `man 3 malloc_trim`.
 """
@@ -15,8 +15,9 @@ _SMALL, _LARGEST = 1 << 20, 32 << 20
 
 
 def borrow() -> None:
-    """Until `give_back`, what is asked for in pieces of 1 MiB and more goes back when it is freed."""
+    """Until `give_back`, pieces of 1 MiB and more go back as soon as they are freed."""
     _call("mallopt", _MMAP_THRESHOLD, _SMALL)
+    _call("mallopt", _TRIM_THRESHOLD, _SMALL)
 
 
 def give_back() -> None:

@@ -16,7 +16,7 @@ from jaxwm.types import JaxwmError
 
 # What changes each part most, the strongest first.
 _FLAGS = {
-    "replay": ("--replay.capacity", "--seeds"),
+    "replay": ("--replay.capacity", "--replay.context-every", "--seeds"),
     "parameters": ("--size", "--seeds"),
     "optimiser": ("--size", "--seeds"),
     "activations": ("--replay.batch-size", "--replay.batch-length", "--size"),

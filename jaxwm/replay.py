@@ -8,6 +8,7 @@ from which rows 1..T are trained. Fresh latents are written back after training.
 New windows are trained on once before any other: each environment's rows are cut into
 consecutive windows, which wait in a queue; the rest of a batch is uniform. The queue needs no
 storage, because all environments advance together: its content is a function of counters.
+With `context_every` k only the latent of every k-th row is stored, and windows begin there.
 Source: DreamerV3 (arXiv:2301.04104) and spec of its public code.
 
 The rings lie on the device. `replay_host` keeps the same rings in numpy, in the host's memory;
@@ -40,6 +41,8 @@ class ReplayConfig:
       train_ratio: rows trained on per environment step, a whole number or a fraction; updates
         per environment step are train_ratio / (B * T), kept exactly over a run.
       online: whether every new window is trained on once before the uniform ones.
+      context_every: rows from one whose latent is stored to the next; windows begin at these. As
+        in the reference 1; a larger divisor of `batch_length` saves memory.
       place: where the rows lie: in the device's memory, or, for simulators on the host, in the
         host's, which is often larger. The run is the same.
     """
@@ -49,10 +52,12 @@ class ReplayConfig:
     batch_length: int = 64
     train_ratio: float = 32.0
     online: bool = True
+    context_every: int = 1
     place: Literal["device", "host"] = "device"
 
     def __post_init__(self):
-        for name in ("capacity", "batch_size", "batch_length", "train_ratio"):
+        names = ("capacity", "batch_size", "batch_length", "train_ratio", "context_every")
+        for name in names:
             value = getattr(self, name)
             if not value > 0:
                 raise JaxwmError(f"The replay's {name} is {value}; it must be positive.")
@@ -61,18 +66,24 @@ class ReplayConfig:
                 f"The replay's train_ratio is {self.train_ratio}; it must be at most 1e6."
             )
 
+        if self.batch_length % self.context_every:
+            raise JaxwmError(
+                f"The replay's context_every is {self.context_every}, which does not divide its "
+                f"batch_length of {self.batch_length}. Choose a divisor."
+            )
+
     def updates_per_iteration(self, envs: int) -> Fraction:
         """Updates that one step of each of `envs` environments earns, as an exact fraction."""
         ratio = Fraction(self.train_ratio).limit_denominator(1000)
         return envs * ratio / (self.batch_size * self.batch_length)
 
     def rows_per_env(self, envs: int) -> int:
-        """Capacity of each of `envs` rings.
+        """Capacity of each of `envs` rings, a multiple of `context_every`.
 
         Raises:
           JaxwmError: if a window does not fit into a ring.
         """
-        rows = self.capacity // envs
+        rows = self.capacity // envs // self.context_every * self.context_every
         if rows < self.batch_length + 1:
             raise JaxwmError(
                 f"A replay of {self.capacity} rows gives each of {envs} environments {rows}, "
@@ -83,7 +94,7 @@ class ReplayConfig:
 
 
 class Buffer(NamedTuple):
-    """What is stored; leading axes (environment, capacity)."""
+    """What is stored; leading axes (environment, capacity), of latents (environment, contexts)."""
 
     rows: Step
     deter: Array  # (..., D), compute type
@@ -152,12 +163,17 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
     count = row.is_first.shape[0]
     capacity = config.rows_per_env(count)
     length, batch = config.batch_length, config.batch_size
-    classes = latent.stoch.shape[-1]
+    classes, every = latent.stoch.shape[-1], config.context_every
+    # Where latents are few, the first row of a window is the last of the one before.
+    stride = length + 1 if every == 1 else length
 
-    def empty(x: Any) -> Any:
-        return jax.ShapeDtypeStruct((count, capacity, *x.shape[1:]), x.dtype)
+    def empty(tree: Any, size: int) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((count, size, *x.shape[1:]), x.dtype), tree
+        )
 
-    shapes = Buffer(*jax.tree.map(empty, (row, *jax.eval_shape(pack, latent))))
+    packed = empty(jax.eval_shape(pack, latent), capacity // every)
+    shapes = Buffer(empty(row, capacity), *packed)
     nbytes = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(shapes))
 
     def init() -> tuple[Buffer, Cursor]:
@@ -165,30 +181,39 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), Cursor(zero, zero)
 
     def add(buffer: Buffer, cursor: Cursor, rows: Step, latents: Latent) -> tuple[Buffer, Cursor]:
-        new = Buffer(rows, *pack(latents))
         place = cursor.written % capacity
 
-        def put(ring: Array, value: Array) -> Array:
+        def put(ring: Array, value: Array, at: Array, keep: Array | bool = True) -> Array:
             value = value[:, None].astype(ring.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(ring, value, place, 1)
+            if keep is not True:
+                value = jnp.where(keep, value, jax.lax.dynamic_slice_in_dim(ring, at, 1, 1))
+            return jax.lax.dynamic_update_slice_in_dim(ring, value, at, 1)
 
-        return jax.tree.map(put, buffer, new), cursor._replace(written=cursor.written + 1)
+        keep = True if every == 1 else place % every == 0
+        new = pack(latents)
+        buffer = Buffer(
+            jax.tree.map(lambda ring, x: put(ring, x, place), buffer.rows, rows),
+            put(buffer.deter, new.deter, place // every, keep),
+            put(buffer.stoch, new.stoch, place // every, keep),
+        )
+        return buffer, cursor._replace(written=cursor.written + 1)
 
     def choose(cursor: Cursor, key: Key) -> tuple[Array, Array, Cursor]:
         key_env, key_start = jax.random.split(key)
         oldest = jnp.maximum(cursor.written - capacity, 0)
         env = jax.random.randint(key_env, (batch,), 0, count)
-        start = jax.random.randint(key_start, (batch,), oldest, cursor.written - length)
+        first, stop = -(-oldest // every), (cursor.written - length - 1) // every + 1
+        start = jax.random.randint(key_start, (batch,), first, stop) * every
         if not config.online:
             return env, start, cursor
-        # Window w of the queue: rows (w // N) * (T + 1) onwards of environment w % N.
-        whole = cursor.written // (length + 1) * count
-        kept = -(-oldest // (length + 1)) * count
+        # Window w of the queue: rows (w // N) * stride onwards of environment w % N.
+        whole = (cursor.written - (length + 1 - stride)) // stride * count
+        kept = -(-oldest // stride) * count
         head = jnp.maximum(cursor.online, kept)
         window = head + jnp.arange(batch)
         queued = window < whole
         env = jnp.where(queued, window % count, env)
-        start = jnp.where(queued, window // count * (length + 1), start)
+        start = jnp.where(queued, window // count * stride, start)
         return env, start, cursor._replace(online=jnp.clip(whole, head, head + batch))
 
     def sample(buffer: Buffer, cursor: Cursor, key: Key) -> tuple[Window, Cursor]:
@@ -201,8 +226,9 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
     ) -> Buffer:
         # What goes beyond the last environment is dropped.
         env = jnp.where(taken, window.env, count)
-        at = (jnp.broadcast_to(env, window.index.shape), window.index)
-        fresh = pack(latents)
+        index = window.index[every - 1 :: every] // every
+        at = (jnp.broadcast_to(env, index.shape), index)
+        fresh = pack(jax.tree.map(lambda x: x[every - 1 :: every], latents))
         deter = buffer.deter.at[at].set(fresh.deter.astype(buffer.deter.dtype), mode="drop")
         stoch = buffer.stoch.at[at].set(fresh.stoch, mode="drop")
         return buffer._replace(deter=deter, stoch=stoch)
@@ -260,10 +286,12 @@ def read(
     Returns:
       The stored latent of the context row as carry, and the T rows after it.
     """
-    place = places(start, length, buffer.stoch.shape[1])
+    capacity = buffer.rows.is_first.shape[1]
+    place = places(start, length, capacity)
     rows = jax.tree.map(lambda ring: ring[env[None], place], buffer.rows)
     steps = jax.tree.map(lambda x: x[1:], rows)
-    context = Packed(buffer.deter[env, place[0]], buffer.stoch[env, place[0]])
+    at = place[0] // (capacity // buffer.stoch.shape[1])
+    context = Packed(buffer.deter[env, at], buffer.stoch[env, at])
     return Window(unpack(context, classes), steps, env, place[1:])
 
 

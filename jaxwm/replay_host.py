@@ -47,11 +47,16 @@ def add(buffer: Buffer, written: int, rows: Step, latents: Packed) -> None:
       latents: their latents (..., N), in numpy.
     """
 
-    def put(ring: Any, value: Any) -> None:
-        axis = buffer.rows.is_first.ndim - 1
-        ring[(*(slice(None),) * axis, written % buffer.rows.is_first.shape[-1])] = value
+    axis = buffer.rows.is_first.ndim - 1
+    place, every = written % buffer.rows.is_first.shape[-1], _every(buffer)
 
-    jax.tree.map(put, buffer, Buffer(rows, *latents))
+    def put(ring: Any, value: Any, at: int) -> None:
+        ring[(*(slice(None),) * axis, at)] = value
+
+    jax.tree.map(lambda ring, x: put(ring, x, place), buffer.rows, rows)
+    if place % every == 0:
+        put(buffer.deter, latents.deter, place // every)
+        put(buffer.stoch, latents.stoch, place // every)
 
 
 def read(buffer: Buffer, env: np.ndarray, start: np.ndarray, length: int) -> Step:
@@ -70,7 +75,8 @@ def read(buffer: Buffer, env: np.ndarray, start: np.ndarray, length: int) -> Ste
 
 def context(buffer: Buffer, env: np.ndarray, start: np.ndarray) -> Packed:
     """The stored latents (..., B) of the first rows of windows; arguments as in `read`."""
-    at = tuple(x[..., 0, :] for x in _index(buffer, env, start, 0))
+    *at, place = (x[..., 0, :] for x in _index(buffer, env, start, 0))
+    at = (*at, place // _every(buffer))
     return Packed(buffer.deter[at], buffer.stoch[at])
 
 
@@ -85,12 +91,19 @@ def write_back(
 
     Other arguments as in `read`.
     """
-    length = latents.stoch.shape[-3]
-    index = [x[..., 1:, :] for x in _index(buffer, env, start, length)]
+    length, every = latents.stoch.shape[-3], _every(buffer)
+    *index, place = (x[..., every::every, :] for x in _index(buffer, env, start, length))
+    index = (*index, place // every)
+    deter, stoch = (x[..., every - 1 :: every, :, :] for x in latents)
     keep = np.broadcast_to(np.asarray(taken)[..., None, None], index[0].shape)
     # One flat list: of a row in two windows the later latent stays, as on the device.
     at = tuple(x[keep] for x in index)
-    buffer.deter[at], buffer.stoch[at] = latents.deter[keep], latents.stoch[keep]
+    buffer.deter[at], buffer.stoch[at] = deter[keep], stoch[keep]
+
+
+def _every(buffer: Buffer) -> int:
+    """Rows from one whose latent is stored to the next."""
+    return buffer.rows.is_first.shape[-1] // buffer.stoch.shape[-2]
 
 
 def _index(

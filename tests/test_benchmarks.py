@@ -156,7 +156,9 @@ def test_memory_of_a_row_and_of_an_update():
     # 24 numbers seen and 6 done, a reward and three flags; 16 numbers and 4 classes of a latent.
     row = memory.row_bytes(config, "vector")
     want = {"observation": 96, "deter": 64, "stoch": 4, "rest": 24 + 4 + 3}
-    assert row == want | {"above_observation": 64 + 4 + 31}
+    few = round(68 / 64 + 31, 1)
+    above = {"above_observation": 64 + 4 + 31, "above_observation_with_few_latents": few}
+    assert row == want | above
     held = memory.update_bytes(config, "vector", 2, 6)
     assert held["parameters"] == 4 * held["parameter_count"]
     # Two statistics of each parameter, and counters.

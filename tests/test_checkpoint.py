@@ -160,6 +160,24 @@ def test_small_leaves_are_stored_as_one_array(tiny, tmp_path, monkeypatch, limit
     assert isinstance(found.buffer.rows.reward, xp.ndarray)
 
 
+@pytest.mark.parametrize("written", [0, 1, 7, 9])
+def test_latents_are_stored_in_blocks(tiny, tmp_path, written):
+    """Of a ring of 7 latents a block is 1, of 20 it is 3: the last one begins anew."""
+    for capacity in (7, 20):
+        run = tmp_path / str(capacity)
+        ring = jax.random.normal(jax.random.key(0), (ENVS, capacity, 3))
+        # Where nothing was written there are zeros.
+        ring = jnp.where(jnp.arange(capacity)[:, None] < written, ring, 0)
+        flags = jnp.zeros((ENVS, capacity), bool)
+        step = Step(flags, {}, ring[..., 0], flags, flags, flags)
+        whole = state(1, written)
+        whole = whole._replace(buffer=Buffer(step, ring, jnp.round(ring * 9).astype(jnp.uint8)))
+        with checkpoint.Saver(run, tiny, pytest.fail) as saver:
+            saver.save(1, whole)
+        found = checkpoint.restore(run, jax.eval_shape(lambda x=whole: x), tiny, pytest.fail)
+        assert bits(found.buffer[1:]) == bits(whole.buffer[1:])
+
+
 def test_a_state_may_be_overwritten_as_soon_as_saving_has_begun(tiny, tmp_path):
     overwrite = jax.jit(lambda x: jax.tree.map(jnp.zeros_like, x), donate_argnums=0)
     moved = state(1, 4)

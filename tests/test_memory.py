@@ -60,8 +60,8 @@ def test_the_line_names_parts_and_flags(monkeypatch):
     monkeypatch.setattr(memory, "device_bytes", lambda: 24_000_000_000)
     assert memory.line(Use(5_000_000_000, 4_000, 8_000, 640, 832, 9_000)) == (
         "Memory: replay 5 GB, saving 9 kB, optimiser 8 kB, parameters 4 kB, environments 832 B, "
-        "activations 640 B; together 5 GB of 24 GB. Most changed by --replay.capacity, --seeds or "
-        "--save-every."
+        "activations 640 B; together 5 GB of 24 GB. Most changed by --replay.capacity, "
+        "--replay.context-every or --seeds."
     )
 
 

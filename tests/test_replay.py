@@ -26,9 +26,9 @@ def rows(time):
 
 
 @functools.cache
-def make(online, capacity=CAPACITY, batch=BATCH):
+def make(online, capacity=CAPACITY, batch=BATCH, every=1):
     """A replay and its functions, compiled."""
-    config = ReplayConfig(capacity * N, batch, LENGTH, online=online)
+    config = ReplayConfig(capacity * N, batch, LENGTH, online=online, context_every=every)
     memory = replay(config, *jax.eval_shape(lambda: rows(0)))
 
     @jax.jit
@@ -51,24 +51,29 @@ def times(window):
     return tag % 1000, tag // 1000
 
 
+@pytest.mark.parametrize("every", [1, 2, 4])
 @pytest.mark.parametrize("count", [1, 7, 20, 21, 53])
-def test_the_ring_holds_the_last_rows(count):
-    _memory, buffer, cursor = filled(count)
+def test_the_ring_holds_the_last_rows(count, every):
+    _memory, buffer, cursor = filled(count, every=every)
+    assert buffer.deter.shape[1] == buffer.stoch.shape[1] == CAPACITY // every
     assert int(cursor.written) == count
     for time in range(max(0, count - CAPACITY), count):
         step, latent = rows(time)
-        kept = jax.tree.map(lambda x, at=time % CAPACITY: x[:, at], buffer)
-        jax.tree.map(np.testing.assert_array_equal, kept.rows, step)
-        np.testing.assert_array_equal(kept.deter, latent.deter)
-        np.testing.assert_array_equal(kept.stoch, latent.stoch.argmax(-1))
+        kept = jax.tree.map(lambda x, at=time % CAPACITY: x[:, at], buffer.rows)
+        jax.tree.map(np.testing.assert_array_equal, kept, step)
+        if time % every == 0:
+            at = time % CAPACITY // every
+            np.testing.assert_array_equal(buffer.deter[:, at], latent.deter)
+            np.testing.assert_array_equal(buffer.stoch[:, at], latent.stoch.argmax(-1))
     unused = np.asarray(buffer.rows.obs["tag"][:, count:])
     assert not unused.any()
 
 
+@pytest.mark.parametrize("every", [1, 2, 4])
 @pytest.mark.parametrize("online", [False, True])
 @pytest.mark.parametrize("count", [5, 9, 20, 21, 33, 40])
-def test_windows_are_consecutive_rows_that_are_still_there(count, online):
-    memory, buffer, cursor = filled(count, online)
+def test_windows_are_consecutive_rows_that_are_still_there(count, online, every):
+    memory, buffer, cursor = filled(count, online, every=every)
     for seed in range(8):
         window, cursor = memory.sample(buffer, cursor, jax.random.key(seed))
         time, env = times(window)
@@ -76,6 +81,7 @@ def test_windows_are_consecutive_rows_that_are_still_there(count, online):
         np.testing.assert_array_equal(time, time[:1] + np.arange(LENGTH)[:, None])
         np.testing.assert_array_equal(env, np.broadcast_to(window.env, env.shape))
         np.testing.assert_array_equal(window.index, time % CAPACITY)
+        assert ((time[0] - 1) % every == 0).all()
         # The context is the row before; a window never straddles the write cursor.
         assert time[0].min() - 1 >= max(0, count - CAPACITY) and time[-1].max() < count
         tag = env[0] * 1000 + time[0] - 1
@@ -90,17 +96,20 @@ def test_windows_are_consecutive_rows_that_are_still_there(count, online):
         )
 
 
-def test_uniform_windows_begin_everywhere_equally_often():
-    memory, buffer, cursor = filled(33)
+@pytest.mark.parametrize(("every", "limit"), [(1, 87), (2, 53)])
+def test_uniform_windows_begin_everywhere_equally_often(every, limit):
+    memory, buffer, cursor = filled(33, every=every)
     draw = jax.jit(jax.vmap(lambda key: memory.sample(buffer, cursor, key)[0].steps.obs["tag"][0]))
     tag = np.asarray(draw(jax.random.split(jax.random.key(0), 800))).ravel()
-    # 20 rows are there, and a window takes 5: starts 13..28, first trained rows 14..29.
-    expected = {env * 1000 + time for env in range(N) for time in range(14, 30)}
+    # 20 rows are there, and a window takes 5: starts 13..28, first trained rows 14..29; if only
+    # even rows have latents starts 14..28, first trained rows 15..29.
+    first = {1: 14, 2: 15}[every]
+    expected = {env * 1000 + time for env in range(N) for time in range(first, 30, every)}
     found, counts = np.unique(tag, return_counts=True)
     assert set(found) == expected
     mean = tag.size / len(expected)  # 4800 / 48 = 100
-    # 47 degrees of freedom: beyond 87 once in 3000.
-    assert (np.square(counts - mean) / mean).sum() < 87
+    # 47 degrees of freedom: beyond 87 once in 3000; 23: beyond 53 as often.
+    assert (np.square(counts - mean) / mean).sum() < limit
 
 
 def test_queued_windows_come_once_and_in_order_then_uniform_ones():
@@ -127,8 +136,10 @@ def test_queued_windows_come_once_and_in_order_then_uniform_ones():
     assert int(cursor.online) == 9
 
 
-def test_every_queued_window_is_trained_on_once():
-    memory, fill = make(True, batch=2)
+@pytest.mark.parametrize(("every", "stride"), [(1, 5), (2, 4)])
+def test_every_queued_window_is_trained_on_once(every, stride):
+    """Where latents are few, windows share a row, the context of one and the last of another."""
+    memory, fill = make(True, batch=2, every=every)
     buffer, cursor = memory.init()
     seen = []
     for time in range(0, 60, 2):
@@ -141,7 +152,7 @@ def test_every_queued_window_is_trained_on_once():
         seen += [(int(t) - 1, int(e)) for t, e in zip(time_[0], env[0], strict=False)][
             : int(cursor.online) - before
         ]
-    assert seen == [(5 * i, env) for i in range(12) for env in range(N)][: len(seen)]
+    assert seen == [(stride * i, env) for i in range(14) for env in range(N)][: len(seen)]
     assert len(seen) >= 33
 
 
@@ -158,8 +169,9 @@ def test_windows_overwritten_while_they_waited_are_skipped():
     assert int(cursor.online) == 18
 
 
-def test_fresh_latents_go_to_the_rows_they_belong_to():
-    memory, buffer, cursor = filled(33)
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_fresh_latents_go_to_the_rows_they_belong_to(every):
+    memory, buffer, cursor = filled(33, every=every)
     window, cursor = memory.sample(buffer, cursor, jax.random.key(0))
     fresh = Latent(
         -jnp.broadcast_to(window.steps.reward[..., None], (LENGTH, BATCH, D)),
@@ -167,9 +179,15 @@ def test_fresh_latents_go_to_the_rows_they_belong_to():
     )
     after = jax.jit(memory.write_back)(buffer, window, fresh)
     time, env = times(window)
-    touched = set(zip(env.ravel().tolist(), (time % CAPACITY).ravel().tolist(), strict=True))
+    places = (time % CAPACITY).ravel().tolist()
+    touched = {
+        (e, place // every)
+        for e, place in zip(env.ravel().tolist(), places, strict=True)
+        if place % every == 0
+    }
+    assert touched
     for env_ in range(N):
-        for place in range(CAPACITY):
+        for place in range(CAPACITY // every):
             old, new = buffer.deter[env_, place], after.deter[env_, place]
             if (env_, place) in touched:
                 np.testing.assert_array_equal(new, -old)
@@ -215,6 +233,17 @@ def test_abandoned_episodes_are_closed():
     closed = close_abandoned(steps)
     assert closed.is_last[:, 0].tolist() == [False, True, False, False]
     assert not closed.is_terminal.any()
+
+
+def test_few_latents_take_little_memory():
+    step, latent = rows(0)
+    memory = replay(ReplayConfig(66, 2, 4, context_every=4), step, latent)
+    # 22 rows for each of 3 environments, in fours 20: of 27 bytes, and 5 latents of 4 x 4 + 2.
+    assert memory.nbytes == 3 * (20 * (4 + 4 + 12 + 4 + 3) + 5 * (16 + 2))
+    with pytest.raises(JaxwmError, match="context_every is 3, which does not divide its batch_len"):
+        ReplayConfig(66, 2, 4, context_every=3)
+    with pytest.raises(JaxwmError, match="context_every is 0; it must be positive"):
+        ReplayConfig(66, 2, 4, context_every=0)
 
 
 def test_what_cannot_be_held_is_told():

@@ -28,7 +28,8 @@ def drawn(random: np.random.Generator, env: str) -> RunConfig:
     envs, length, batch = (
         int(random.integers(low, high)) for low, high in [(1, 6), (4, 9), (1, 4)]
     )
-    rows = int(random.integers(length + 1, 2 * _MOST))  # of each ring
+    every = int(random.choice([x for x in range(1, length + 1) if length % x == 0]))
+    rows = -(-int(random.integers(length + 1, 2 * _MOST)) // every) * every  # of each ring
     seeds = int(random.integers(1, 4))
     return RunConfig(
         env=env,
@@ -44,6 +45,7 @@ def drawn(random: np.random.Generator, env: str) -> RunConfig:
             batch_length=length,
             train_ratio=float(random.uniform(0.2, 3.0)),
             online=bool(random.integers(2)),
+            context_every=every,
         ),
     )
 
