@@ -1,8 +1,8 @@
 """Memory that was freed, and that the C library would keep.
 
-glibc takes memory from the system for every few threads apart, and keeps up to 64 MiB that they have
-freed for what they ask for next. A save asks for copies of whole arrays in threads of XLA and Orbax,
-each time in other ones, so a process would grow for hours. Other C libraries are left alone.
+glibc takes memory from the system for every few threads apart, and keeps up to 64 MiB that they
+have freed for what they ask for next. A save asks for copies of whole arrays in threads of XLA and
+Orbax, each time in other ones, so a process would grow for hours. Other C libraries are left alone.
 
 Source: `man 3 mallopt`, `man 3 malloc_trim`.
 """
