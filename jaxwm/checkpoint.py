@@ -56,6 +56,8 @@ _LEFT_OVER = re.compile(r"\.[\w.-]+\.(saving|old)|\d+\.orbax-checkpoint-tmp.*")
 _OURS = re.compile(rf"{_LEFT_OVER.pattern}|\d+|{_BEST}\d+(\.\d+)?|\d+\.damaged(\.\d+)?")
 _SMALL = 1 << 20  # bytes of a leaf that is stored with others in one array
 _PACK = "small"
+# Entries that configurations of version 0.1 lack, and what was done then.
+_LATER = {"replay": {"context_every": 1}, "agent": {"model": {"recompute": False}}}
 _MOST_PIECES = 64  # of the replay's rows; beyond, they are written anew as one
 
 
@@ -626,9 +628,18 @@ def _configured(data: Any) -> RunConfig:
     if isinstance(data, dict):
         if data.get("on_divergence") == "stop":
             data = {**data, "on_divergence": "abort"}
-        if isinstance(data.get("replay"), dict):
-            data = {**data, "replay": {"context_every": 1, **data["replay"]}}
+        data = _filled(data, _LATER)
     return from_dict(RunConfig, data)
+
+
+def _filled(data: Any, entries: dict[str, Any]) -> Any:
+    """Tables with the entries that they lack."""
+    if not isinstance(data, dict):
+        return data
+    tables = {
+        k: _filled(data[k], v) for k, v in entries.items() if isinstance(v, dict) and k in data
+    }
+    return {**{k: v for k, v in entries.items() if not isinstance(v, dict)}, **data, **tables}
 
 
 def _is_first_format(folder: Path) -> bool:

@@ -7,6 +7,7 @@ DreamerV3 (arXiv:2301.04104).
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -413,6 +414,22 @@ def by_slices(function: Callable[..., Any], *arrays: Any) -> Any:
     if jax.default_backend() != "cpu" or largest < 2**17:
         return function(*arrays)
     return jax.lax.map(keep_products(lambda slices: function(*slices)), arrays)
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(params, *arrays)` for many rows, of which a gradient keeps nothing.
+
+    It is computed again, some of the rows at a time, so that what lies between takes little memory.
+    """
+
+    def by_parts(params: Any, *arrays: Any) -> Any:
+        rows = jax.tree.leaves(arrays)[0].shape[0]
+        parts = math.gcd(rows, 16)
+        cut = jax.tree.map(lambda x: x.reshape(parts, rows // parts, *x.shape[1:]), arrays)
+        out = jax.lax.map(jax.checkpoint(lambda part: function(params, *part)), cut)
+        return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), out)
+
+    return by_parts
 
 
 def _over(vector: Array, like: Array, axis: int = -1) -> Array:

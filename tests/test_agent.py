@@ -151,6 +151,28 @@ def test_no_gradient_passes_the_start_of_an_episode(agent, start, steps):
     assert not jax.jit(jax.grad(loss))(jnp.ones((B, 16))).any()
 
 
+def test_what_is_computed_again_gives_the_same_gradient_with_less_memory():
+    env = envs.make("toy/Pixels")
+    found = []
+    for recompute in (False, True):
+        model = dataclasses.replace(CONFIG.model, recompute=recompute)
+        config = dataclasses.replace(CONFIG, model=model, dtype="float32")
+        agent = make_agent(config, env.obs_space, env.action_space)
+        state = jax.jit(agent.init)(jax.random.key(0))
+        many = jax.jit(
+            lambda a=agent, s=state: collect(a, s.params, env, 8, jax.random.key(1), 4)
+        )()
+        draws = agent.noise(jax.random.key(2), 8, 4)
+        given = (state.slow.params, state.behavior, agent.initial(4), many, draws)
+        grad = jax.jit(jax.grad(agent.loss, has_aux=True))
+        memory = grad.lower(state.params, *given).compile().memory_analysis().temp_size_in_bytes
+        found.append((grad(state.params, *given)[0], memory))
+    (plain, most), (again, least) = found
+    scaled = jax.tree.map(lambda x, y: (x - y) / (1e-6 + jnp.abs(x).max()), plain, again)
+    chex.assert_trees_all_close(scaled, jax.tree.map(jnp.zeros_like, plain), atol=1e-4)
+    assert least < 0.7 * most
+
+
 def test_weights_by_name():
     assert [WEIGHTS.of(name) for name in ("rec/image", "continue", "replay_value")] == [2, 5, 19]
 

@@ -61,6 +61,8 @@ class WorldModelConfig:
       units: width of the reward and continue heads (one layer each).
       bins: bins of the two-hot reward head.
       horizon: discount horizon in steps; the continue head learns (1 - 1/horizon) * continue.
+      recompute: whether a gradient computes encoder and decoder again, some of the rows at a time,
+        and keeps nothing in between: images then take a sixth of the memory, and more time.
       dtype: compute type; parameters are float32.
     """
 
@@ -70,6 +72,7 @@ class WorldModelConfig:
     units: int = 1024
     bins: int = 255
     horizon: int = 333
+    recompute: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
@@ -164,6 +167,8 @@ def world_model(
     posterior = Posterior(config, token_size)
 
     encode, decode = nets.call(encoder), nets.call(decoder)
+    if config.recompute:
+        encode, decode = nets.recomputed(encode), nets.recomputed(decode)
     action_input, core_step = nets.call(core, "action_input"), nets.call(core, "step")
     core_kernels, posterior_kernels = nets.call(core, "kernels"), nets.call(posterior, "kernels")
     token_input = nets.call(posterior, "token_input")
