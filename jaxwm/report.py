@@ -33,6 +33,8 @@ class Summary(NamedTuple):
       returns: of the evaluation, (seeds, episodes); no episodes if there was none.
       train_seconds: time of training, over all resumes, compilation left out.
       compile_seconds: time to compile and to fill or read the state, of the last part of the run.
+      first_update_seconds: time from the start of the last part of the run to the end of its first
+        update; NaN if it made none.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class Summary(NamedTuple):
     returns: np.ndarray
     train_seconds: float
     compile_seconds: float
+    first_update_seconds: float
 
 
 def versions() -> dict[str, str]:
@@ -100,12 +103,13 @@ def write_summary(
     seeds = f", {config.seeds} seeds side by side" if config.seeds > 1 else ""
     if config.sweep:
         seeds += f", {config.members // config.seeds} settings of {' '.join(config.sweep)}"
-    seconds = max(summary.train_seconds, 1e-9)
+    seconds, first = max(summary.train_seconds, 1e-9), summary.first_update_seconds
     rows = {
         "environment steps per seed": f"{summary.steps:,}",
         "updates per seed": f"{summary.updates:,}",
         "time of training": f"{summary.train_seconds:,.1f} s",
         "time of compiling": f"{summary.compile_seconds:,.1f} s",
+        "time to the first update": f"{first:,.1f} s" if first >= 0 else "none was made",
         "updates per second and seed": f"{summary.updates / seconds:,.2f}",
         "steps per second and seed": f"{summary.steps / seconds:,.1f}",
         "last return in training": _last_return(folder, config.members),

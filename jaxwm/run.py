@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -71,6 +71,7 @@ def run(
         the training diverges; if the last checkpoint cannot be written. Checkpoints made before
         stay as they are.
     """
+    begun = time.monotonic()
     folder = folder or default_folder(config)
     if jax.process_index() == 0:
         lock.check(folder)
@@ -94,19 +95,25 @@ def run(
             _refuse_used(folder)  # another run may have come and gone
         console.print(_headline(config, program, folder))
         try:
-            params, step, updates, compile_seconds = _train(
-                program, config, folder, resume, accept, tensorboard, console
-            )
+            made = _train(program, config, folder, resume, accept, tensorboard, console)
         finally:
             program.close()
-        env, members = train.make_env(config), apart(params, config.members)
+        env, members = train.make_env(config), apart(made.params, config.members)
         console.print("Trained. Evaluating, and drawing curve and dream.")
         returns = evaluate(program.agent_of, env, members, config, config.eval_episodes)
         lines = evaluation_lines(returns, config) if returns.size else []
         for line in lines:
             console.print(line)
         seconds = read_metrics(folder)[-1]["time"] if first else math.nan
-        summary = Summary(folder, step, updates, returns, seconds, compile_seconds)
+        summary = Summary(
+            folder,
+            made.step,
+            made.updates,
+            returns,
+            seconds,
+            made.compile_seconds,
+            made.first_update - begun,
+        )
         if not first:
             return summary
         drawn = program.agent_of(sweep.settings(config)[0])
@@ -138,6 +145,14 @@ class _Console(Console):
             super().on_broken_pipe()
 
 
+class _Trained(NamedTuple):
+    params: Params
+    step: int
+    updates: int
+    compile_seconds: float
+    first_update: float  # when it was made, NaN if none was
+
+
 def _train(
     program: train.Program,
     config: RunConfig,
@@ -146,8 +161,7 @@ def _train(
     accept: bool,
     tensorboard: bool,
     console: Console,
-) -> tuple[Params, int, int, float]:
-    """Parameters, environment steps, updates, and the seconds that compiling took."""
+) -> _Trained:
     start = time.monotonic()
     with memory.in_words():
         chunk = program.compile()
@@ -172,13 +186,14 @@ def _train(
             folder, config.steps, config.seeds, settings, tensorboard, console, start_step
         )
     stopped, attempts, returns = _stopped(state, config), 0, (0.0, 0.0)
+    first_update: list[float] = []
     with (
         memory.in_words(used),
         logs as logger,
         checkpoint.Saver(folder, config, console.print, step) as saver,
         stop.asked() as signals,
     ):
-        lines = _lines(program, chunk, state, signals)
+        lines = _lines(program, chunk, state, signals, first_update)
         while step < config.steps:
             before = step
             state, metrics, asked = next(lines)
@@ -195,7 +210,8 @@ def _train(
                 step, updates = _counts(state, config)
                 if logger is not None:
                     logger.rewind(step)
-                lines, returns = _lines(program, chunk, state, signals), (0.0, 0.0)
+                lines = _lines(program, chunk, state, signals, first_update)
+                returns = (0.0, 0.0)
                 continue
             stopped = _tell_stopped(state, metrics, stopped, config, console)
             capacity = config.replay.rows_per_env(config.envs)
@@ -228,7 +244,8 @@ def _train(
 
     # The rest of the state goes: the replay's memory serves the evaluation.
     params = state.agent.params if program.layout.single else mesh.fetch(state.agent.params)
-    return params, step, updates, compile_seconds
+    moment = first_update[0] if first_update else math.nan
+    return _Trained(params, step, updates, compile_seconds, moment)
 
 
 def _state(
@@ -270,12 +287,18 @@ _DISPATCH = 2.0
 
 
 def _lines(
-    program: train.Program, chunk: train.Chunk, state: train.TrainState, signals: list[int]
+    program: train.Program,
+    chunk: train.Chunk,
+    state: train.TrainState,
+    signals: list[int],
+    first_update: list[float],
 ) -> Iterator[tuple[train.TrainState, dict[str, Any], int]]:
     """The state at each line of metrics, with the line; used up by asking for the next.
 
     It may come before a line, at a fault of the environments, or at a signal, which is given too.
+    When the first update was made is added to `first_update`, if it is empty.
     """
+    before = int(state.clock.updates)
     done, warm, pace = int(state.clock.iteration), program.replay.warmup, math.inf
     while True:
         # Iterations cost next to nothing before the first update, and are timed anew from there.
@@ -286,6 +309,8 @@ def _lines(
         state, metrics = chunk(state, count, done % program.iterations == 0)
         metrics = mesh.fetch(metrics)
         done = int(state.clock.iteration)
+        if not first_update and int(state.clock.updates) > before:
+            first_update.append(time.monotonic())
         pace = math.inf if done == warm else max((time.monotonic() - begun) / count, 1e-9)
         asked = mesh.agree(signals[0] if signals else 0)
         if done % program.iterations == 0 or asked or program.fault(state):

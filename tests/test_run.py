@@ -44,6 +44,7 @@ def test_a_finished_run_leaves_its_papers(tiny, finished):
     text = (finished / "SUMMARY.md").read_text()
     words = ["toy/Memory", "--env toy/Memory --size debug", "evaluation return: ", "dream.png"]
     words += ["time of training", "time of compiling", "| environment steps per seed | 200 |"]
+    words += ["| time to the first update | "]
     words += [f"jaxwm resume {finished}", f"jaxwm eval {finished}", "jaxwm.load"]
     for word in words:
         assert word in text
