@@ -5,8 +5,7 @@
 `--count` is minutes. Each process trains the demo for a quarter of them, with saves as often as
 there; it is then asked to stop, the run is evaluated by another process, and resumed by the next.
 After the first five minutes of a process (a third of its life, if that is less) its memory grows by
-less than 2 %. Without saves it does not grow. With them it still does: this promise does not hold
-yet.
+less than 2 %.
 """
 
 import signal
