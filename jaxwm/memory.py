@@ -46,12 +46,15 @@ def use(program: Program, chunk: Chunk, config: RunConfig) -> Use:
     others = on_device(state) - replay - parameters - opt
     # The rows since the save before the last, all latents, and whatever is not the replay.
     capacity = config.replay.rows_per_env(config.envs)
-    new = min(1.0, 2 * config.save_every / config.envs / capacity)
-    rows = on_device(state.buffer.rows)
-    saved = new * rows + (replay - rows) + parameters + opt + others
-    # Orbax makes a copy of its own in the host's memory, which on a CPU is the device's.
-    copies = 2 if jax.default_backend() == "cpu" else 1
-    return Use(replay, parameters, opt, chunk.temporary, others, copies * int(saved))
+    all_rows = on_device(state.buffer.rows)
+    rows = min(1.0, 2 * config.save_every / config.envs / capacity) * all_rows
+    latents = replay - all_rows
+    saved = rows + latents + parameters + opt + others
+    if jax.default_backend() == "cpu":
+        # Orbax copies again what it writes, array by array, into the host's memory, which is the
+        # device's. Latents are written in eighths.
+        saved += max(rows, latents / 8)
+    return Use(replay, parameters, opt, chunk.temporary, others, int(saved))
 
 
 def check(used: Use) -> None:

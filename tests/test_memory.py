@@ -33,7 +33,8 @@ def test_the_parts_are_those_of_the_state(tiny, program):
     # A save writes half of what 2 * 100 steps of 4 environments are: 50 of 100 rows of each.
     leaves = jax.tree.leaves(program.shapes().buffer.rows)
     rows = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    assert used.saving == 2 * (state - rows // 2)
+    # On a CPU the larger of those rows and an eighth of the latents is there twice.
+    assert used.saving == state - rows // 2 + max(rows // 2, (used.replay - rows) // 8)
 
 
 def test_members_count_each(tiny, program):
