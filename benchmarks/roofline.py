@@ -208,11 +208,11 @@ def parts(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) 
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (latents, steps.obs))
 
     def act(p: Any) -> Callable:
-        return lambda feat, noise: behavior.act(p["behavior"], feat, noise)
+        return lambda feat, noise: (behavior.act(p["behavior"], feat, noise), None)
 
     @jax.jit
     def imagine(p, d, latents):
-        dream, actions = model.imagine(p["model"], latents, act(p), d.prior, d.action)
+        dream, actions, _ = model.imagine(p["model"], latents, act(p), d.prior, d.action)
         return model.features(dream), actions
 
     @jax.jit

@@ -91,6 +91,23 @@ def _columns_backward(saved, grad):
 columns.defvjp(_columns_forward, _columns_backward)
 
 
+@jax.custom_vjp
+def recall(
+    product: Float[Array, "*lead outputs"],
+    x: Float[Array, "*lead inputs"],
+    kernel: Float[Array, "inputs outputs"],
+) -> Float[Array, "*lead outputs"]:
+    """`product`, which is `x @ kernel` from before, with the gradients of computing it here."""
+    return product
+
+
+def _recall_backward(saved, grad):
+    return None, *jax.vjp(jnp.matmul, *saved)[1](grad)
+
+
+recall.defvjp(lambda product, x, kernel: (product, (x, kernel)), _recall_backward)
+
+
 class Linear(nn.Module):
     """`x @ kernel + bias`; `rows` applies a slice of the input rows alone.
 
@@ -109,7 +126,14 @@ class Linear(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
 
     def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
-        return self.add_bias(self.rows(x, 0))
+        if self.has_variable("products", "product"):
+            product = self.get_variable("products", "product")
+            product = recall(product, x.astype(self.dtype), self.kernel.astype(self.dtype))
+        else:
+            product = self.rows(x, 0)
+            if self.is_mutable_collection("products"):
+                self.put_variable("products", "product", product)
+        return self.add_bias(product)
 
     def laid_out(self, size: int) -> Kernel:
         """The first `size` rows, for `columns`."""
@@ -184,8 +208,11 @@ class MLP(nn.Module):
         size = self.inputs
         for index in range(self.layers):
             linear = Linear(size, self.units, dtype=self.dtype, name=f"linear{index}")
-            x = linear.columns(x) if features_first and index == 0 else linear.rows(x, 0)
-            x = silu(RMSNorm(self.units, name=f"norm{index}")(linear.add_bias(x)))
+            if features_first and index == 0:
+                x = linear.add_bias(linear.columns(x))
+            else:
+                x = linear(x)
+            x = silu(RMSNorm(self.units, name=f"norm{index}")(x))
             size = self.units
         return x
 
@@ -443,3 +470,26 @@ def call(module: nn.Module, method: str = "__call__") -> Callable[..., Any]:
     """`(params, *args) -> output` of one method of a module."""
     bound = functools.partial(module.apply, method=method)
     return lambda params, *args: bound({"params": params}, *args)
+
+
+def remembering(module: nn.Module) -> Callable[..., tuple[Any, Any]]:
+    """`(params, *args) -> output, products`, with the products of all `Linear` layers.
+
+    Given to `recalling`, with the same parameters and arguments, they are not computed again.
+    """
+
+    def apply(params: Any, *args: Any) -> tuple[Any, Any]:
+        output, made = module.apply({"params": params}, *args, mutable=["products"])
+        return output, made["products"]
+
+    return apply
+
+
+def recalling(module: nn.Module) -> Callable[..., Any]:
+    """`(params, products, *args) -> output` from the products that `remembering` has kept.
+
+    Its gradients are those of computing them: to the parameters and to the arguments.
+    """
+    return lambda params, products, *args: module.apply(
+        {"params": params, "products": products}, *args
+    )

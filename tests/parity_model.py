@@ -283,9 +283,10 @@ def recompute(case: Case) -> dict[str, np.ndarray]:
     # The dream, piece by piece.
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     act = lambda feat, draws: behavior.act(params["behavior"], feat, draws)  # noqa: E731
-    imagined, actions = jax.jit(
+    step = lambda feat, draws: (act(feat, draws), None)  # noqa: E731
+    imagined, actions, _ = jax.jit(
         lambda params: model.imagine(
-            params, jax.tree.map(flat, latents), act, trained.prior, trained.action
+            params, jax.tree.map(flat, latents), step, trained.prior, trained.action
         )
     )(params["model"])
     dream_feat = model.features(imagined)

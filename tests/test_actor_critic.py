@@ -28,13 +28,13 @@ def linear_model() -> WorldModel:
 
     def imagine(params, start, policy, noise, policy_noise):
         def step(carry, draws):
-            action = policy(features(carry), draws)
+            action, kept = policy(features(carry), draws)
             carry = Latent(carry.deter + params["move"], carry.stoch)
-            return carry, (carry, action)
+            return carry, (carry, action, kept)
 
-        _, (dream, actions) = jax.lax.scan(step, start, policy_noise)
+        _, (dream, actions, kept) = jax.lax.scan(step, start, policy_noise)
         join = lambda x, xs: jnp.concatenate([x[None], xs])  # noqa: E731
-        return jax.tree.map(join, start, dream), actions
+        return jax.tree.map(join, start, dream), actions, kept
 
     def features(latent):
         return latent.deter

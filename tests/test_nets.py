@@ -122,6 +122,25 @@ def test_slices_change_neither_values_nor_gradients(rng):
         np.testing.assert_allclose(have_one, want_one, rtol=1e-3, atol=1e-3)
 
 
+def test_remembered_products_are_not_computed_again_and_learn_the_same(rng):
+    x = jnp.asarray(normal(rng, 3, 2, 5))
+    module = nets.Heads(5, 8, 2, {"a": 2, "b": 4})
+    params = jax.tree.map(jnp.asarray, fill(module, rng, x))
+    out, products = nets.remembering(module)(params, x)
+    assert len(jax.tree.leaves(products)) == 4
+
+    def again(params, x):
+        return nets.recalling(module)(params, products, x)
+
+    total = lambda f: lambda *args: sum(jnp.sum(jnp.sin(y)) for y in f(*args).values())  # noqa: E731
+    gradients = [jax.grad(total(f), (0, 1)) for f in (again, nets.call(module))]
+    jax.tree.map(np.testing.assert_array_equal, again(params, x), out)
+    close = lambda have, want: np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, *(gradient(params, x) for gradient in gradients))
+    assert "dot_general" in str(jax.make_jaxpr(nets.call(module))(params, x))
+    assert "dot_general" not in str(jax.make_jaxpr(again)(params, x))
+
+
 def test_heads_share_a_trunk_and_start_at_zero_if_asked(rng):
     x = normal(rng, 3, 5)
     module = nets.Heads(5, 8, 2, {"a": 2, "b": 4}, scale=0.0)

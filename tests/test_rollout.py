@@ -102,11 +102,11 @@ def adder(agent):
 
     def imagine(params, start, policy, noise, policy_noise):
         def step(carry, action):
-            carry = Latent(carry.deter + policy(carry.deter, action)["action"], carry.stoch)
+            carry = Latent(carry.deter + policy(carry.deter, action)[0]["action"], carry.stoch)
             return carry, carry
 
         _, dream = jax.lax.scan(step, start, policy_noise)
-        return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), start, dream), None
+        return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), start, dream), None, None
 
     class Mode:
         def __init__(self, value):

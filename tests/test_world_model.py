@@ -104,16 +104,17 @@ def test_a_dream_of_what_happened_is_what_happened(model, params, steps, observe
     forced = 1e4 * latents.stoch[1:4]
     start = jax.tree.map(lambda x: x[0], latents)
     actions = jax.tree.map(lambda x: x[1:4], steps.action)
-    policy = lambda feat, action: action  # noqa: E731
+    policy = lambda feat, action: (action, feat)  # noqa: E731
     dream = jax.jit(
         lambda start, actions, noise: model.imagine(params, start, policy, noise, actions)
     )
-    dreamt, taken = dream(start, actions, forced)
+    dreamt, taken, kept = dream(start, actions, forced)
     chex.assert_trees_all_equal(taken, actions)
+    chex.assert_trees_all_equal(kept, model.features(dreamt)[:-1])
     chex.assert_trees_all_close(dreamt, jax.tree.map(lambda x: x[:4], latents), atol=1e-5, rtol=0)
     # And with other noise, the draws are those of the prior at the dreamt states.
     free = model.noise(jax.random.key(4), (3, B))
-    dreamt, _ = dream(start, actions, free)
+    dreamt, _, _ = dream(start, actions, free)
     logits = nets.call(Prior(CONFIG))(params["prior"], dreamt.deter[1:])
     drawn = distribution(CONFIG.latent, logits).sample_noise(free)
     np.testing.assert_array_equal(dreamt.stoch[1:], drawn)

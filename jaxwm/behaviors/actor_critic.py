@@ -183,20 +183,27 @@ def actor_critic(
             "value": value_net.init(key_value, feat)["params"],
         }
 
-    def policy(params: Params, feat: Array) -> dict[str, Any]:
-        out = nets.call(policy_net)(params["policy"], feat)
+    def plan(out: dict[str, Array]) -> dict[str, Any]:
+        """The policy from its network's output."""
         result = {}
         for name, space in action_space.items():
             if isinstance(space, Discrete):
-                logits = out[name].reshape(*feat.shape[:-1], *space.shape, space.width)
+                logits = out[name].reshape(*out[name].shape[:-1], *space.shape, space.width)
                 rank = len(space.shape)
                 result[name] = dists.Categorical(logits, space.mask(), config.unimix, rank)
             else:
-                shape = (*feat.shape[:-1], *space.shape)
                 mean, std = out[f"{name}_mean"], out[f"{name}_std"]
+                shape = (*mean.shape[:-1], *space.shape)
                 mean, std = mean.reshape(shape), std.reshape(shape)
                 result[name] = dists.BoundedNormal(mean, std, event_ndims=len(space.shape))
         return result
+
+    def draw(plan: dict[str, Any], draws: dict[str, Array]) -> Action:
+        chosen = {name: dist.sample_noise(draws[name]) for name, dist in plan.items()}
+        return chosen["action"] if set(chosen) == {"action"} else chosen
+
+    def policy(params: Params, feat: Array) -> dict[str, Any]:
+        return plan(nets.call(policy_net)(params["policy"], feat))
 
     def value(params: Params, feat: Array) -> dists.TwoHot:
         return dists.TwoHot(nets.call(value_net)(params["value"], feat)["out"], bins)
@@ -204,19 +211,16 @@ def actor_critic(
     def noise(key: Key, lead: tuple[int, ...]) -> dict[str, Array]:
         draws = {}
         for index, (name, space) in enumerate(sorted(action_space.items())):
-            draw_key = jax.random.fold_in(key, index)
+            key_name = jax.random.fold_in(key, index)
             if isinstance(space, Discrete):
                 shape = (*lead, *space.shape, space.width)
-                draws[name] = jax.random.gumbel(draw_key, shape)
+                draws[name] = jax.random.gumbel(key_name, shape)
             else:
-                draws[name] = jax.random.normal(draw_key, (*lead, *space.shape))
+                draws[name] = jax.random.normal(key_name, (*lead, *space.shape))
         return draws
 
     def act(params: Params, feat: Array, draws: dict[str, Array]) -> Action:
-        chosen = {
-            name: dist.sample_noise(draws[name]) for name, dist in policy(params, feat).items()
-        }
-        return chosen["action"] if set(chosen) == {"action"} else chosen
+        return draw(policy(params, feat), draws)
 
     def loss(
         params: Params,
@@ -232,39 +236,50 @@ def actor_critic(
         # Dreams are not differentiated: neither the model nor the policy learns through them.
         fixed_model, fixed_params = sg(model_params), sg(params)
         start = jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), latents)
-        imagined, actions = model.imagine(
-            fixed_model,
-            start,
-            lambda feat, draws: act(fixed_params, feat, draws),
-            prior_noise,
-            action_noise,
-        )
-        imagined, actions = sg((imagined, actions))
+
+        # Policy and critic are computed once per imagined state. What they learn from is known
+        # only when all have been, so that their products are kept until then.
+        def step(feat: Array, draws: dict[str, Array]) -> tuple[Action, Any]:
+            out, products = nets.remembering(policy_net)(fixed_params["policy"], feat)
+            return draw(plan(out), draws), products
+
+        dreamt = model.imagine(fixed_model, start, step, prior_noise, action_noise)
+        imagined, actions, policy_products = sg(dreamt)
         feat = model.features(imagined)
 
-        def judge(feat: Array) -> list[Array]:
+        def judge(feat: Array) -> tuple[list[Array], Any]:
             heads = model.predict(fixed_model, model.split(feat), ("reward", "continue"))
-            values, slow_values = value(fixed_params, feat), value(slow, feat)
-            return [x.mean() for x in (heads["reward"], heads["continue"], values, slow_values)]
+            out, products = nets.remembering(value_net)(fixed_params["value"], feat)
+            values, slow_values = dists.TwoHot(out["out"], bins), value(slow, feat)
+            judges = (heads["reward"], heads["continue"], values, slow_values)
+            return [x.mean() for x in judges], products
 
         # The last state apart from the others, which the dream stacked: together they are copied.
-        judged = zip(nets.by_slices(judge, feat[:-1]), judge(feat[-1]), strict=True)
+        judged, value_products = nets.by_slices(judge, feat[:-1])
+        judged = zip(judged, judge(feat[-1])[0], strict=True)
         reward, cont, values, slow_values = sg([jnp.concatenate([xs, x[None]]) for xs, x in judged])
         if config.start_weight == "true":
             cont = cont.at[0].set(1.0 - steps.is_terminal.reshape(-1))
         dream, state = dream_targets(config, state, reward, cont, values, every)
 
-        def learn(feat, action, advantage, returns, slow_value) -> tuple[Array, ...]:
-            plan = policy(params, feat)
-            log_prob = sum(plan[k].log_prob(x) for k, x in as_dict(action).items())
-            entropy: Any = sum(dist.entropy() for dist in plan.values())
+        def learn(feat, products, action, advantage, returns, slow_value) -> tuple[Array, ...]:
+            actor = plan(nets.recalling(policy_net)(params["policy"], products[0], feat))
+            log_prob = sum(actor[k].log_prob(x) for k, x in as_dict(action).items())
+            entropy: Any = sum(dist.entropy() for dist in actor.values())
             score = log_prob * advantage + config.entropy * entropy
-            estimate = value(params, feat)
+            critic = nets.recalling(value_net)(params["value"], products[1], feat)
+            estimate = dists.TwoHot(critic["out"], bins)
             pull = estimate.log_prob(slow_value)
             return score, estimate.log_prob(returns) + config.slow_regularizer * pull, entropy
 
         score, fit, entropy = nets.by_slices(
-            learn, feat[:-1], actions, dream.advantage, dream.returns, slow_values[:-1]
+            learn,
+            feat[:-1],
+            sg((policy_products, value_products)),
+            actions,
+            dream.advantage,
+            dream.returns,
+            slow_values[:-1],
         )
         policy_loss, value_loss = (-(dream.weight * x).mean(0) for x in (score, fit))
 

@@ -191,7 +191,7 @@ def open_loop(
         actions = {name: x[context:] for name, x in as_dict(steps.action).items()}
         noise = model.noise(key_dream, (length - context, count))
         start = jax.tree.map(lambda x: x[-1], latents)
-        dream, _ = model.imagine(weights, start, lambda feat, action: action, noise, actions)
+        dream, _, _ = model.imagine(weights, start, lambda feat, x: (x, None), noise, actions)
         latents = jax.tree.map(lambda a, b: jnp.concatenate([a, b[1:]]), latents, dream)
     outputs = model.predict(weights, latents, tuple(steps.obs))
     return {name: outputs[name].mode().astype(x.dtype) for name, x in steps.obs.items()}

@@ -241,22 +241,22 @@ def world_model(
 
     def imagine(
         params: Params, start: Latent, policy: Callable, noise: Array, policy_noise: Any
-    ) -> tuple[Latent, Any]:
+    ) -> tuple[Latent, Any, Any]:
         kernels = core_kernels(params["core"])
 
-        def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Array, Any]]:
+        def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Array, Any, Any]]:
             gumbel, policy_draw = inputs
             feat = features(_swap(carry))
-            action = policy(feat, policy_draw)
+            action, kept = policy(feat, policy_draw)
             moved = embed_action(params, as_dict(action))
             deter = core_step(params["core"], kernels, carry.deter, _flat(carry.stoch), moved)
             stoch = sample(prior_logits(params["prior"], deter, True), gumbel)
-            return Latent(deter, stoch), (feat, action)
+            return Latent(deter, stoch), (feat, action, kept)
 
-        last, (feats, actions) = jax.lax.scan(step, _swap(start), (noise, policy_noise))
+        last, (feats, actions, kept) = jax.lax.scan(step, _swap(start), (noise, policy_noise))
         # Stacked as features, which is how heads read them: the compiler sees that `features`
         # of the two slices is the array it has, and copies nothing.
-        return split(jnp.concatenate([feats, features(_swap(last))[None]])), actions
+        return split(jnp.concatenate([feats, features(_swap(last))[None]])), actions, kept
 
     def predict(
         params: Params, latents: Latent, keys: tuple[str, ...] | None = None
