@@ -23,7 +23,7 @@ import jax
 from benchmarks.lines import emit, machine
 from benchmarks.loop import training
 from benchmarks.roofline import work
-from jaxwm import train
+from jaxwm import compiler, train
 from jaxwm.agent import compute_dtype
 from jaxwm.recipes import dreamer_v3
 
@@ -45,7 +45,7 @@ def first_update(size: str, obs: str, batch: int, length: int) -> dict[str, floa
     """The stages of an update, which is then run."""
     config = dreamer_v3.agent(size)
     agent, *shapes = work(config, obs, batch, length, shapes=True)
-    compiled, took = stages(jax.jit(agent.update, donate_argnums=0), *shapes)
+    compiled, took = stages(compiler.jit(agent.update, donate_argnums=0), *shapes)
     jax.block_until_ready(compiled(*work(config, obs, batch, length, shapes=False)[1:]))
     return took
 

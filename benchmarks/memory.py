@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from benchmarks.lines import emit, machine
 from benchmarks.roofline import work
 from benchmarks.throughput import spaces
+from jaxwm import compiler
 from jaxwm.agent import AgentConfig, compute_dtype
 from jaxwm.recipes import dreamer_v3
 from jaxwm.replay import ReplayConfig, replay
@@ -58,7 +59,7 @@ def row_bytes(config: AgentConfig, obs: str) -> dict[str, float]:
 def update_bytes(config: AgentConfig, obs: str, batch: int, length: int) -> dict[str, int]:
     """Bytes of what is learned, and of what an update takes in between."""
     agent, state, *rest = work(config, obs, batch, length, shapes=True)
-    compiled = jax.jit(agent.update, donate_argnums=0).lower(state, *rest).compile()
+    compiled = compiler.jit(agent.update, donate_argnums=0).lower(state, *rest).compile()
     return {
         "parameter_count": sum(x.size for x in jax.tree.leaves(state.params)),
         "parameters": nbytes(state.params),

@@ -33,13 +33,14 @@ def jaxwm_update(job: dict[str, Any]) -> Built:
     import jax
 
     from benchmarks.roofline import work
+    from jaxwm import compiler
     from jaxwm.agent import compute_dtype
     from jaxwm.recipes import dreamer_v3
 
     config = dreamer_v3.agent(job["size"])
     assert compute_dtype(config.dtype) == "float32", "peers are compared in float32"
     agent, state, carry, steps, key = work(config, job["obs"], job["batch"], job["length"], False)
-    update = jax.jit(agent.update, donate_argnums=0)
+    update = compiler.jit(agent.update, donate_argnums=0)
 
     def once() -> None:
         nonlocal state

@@ -25,6 +25,7 @@ from jax.extend import core
 
 from benchmarks.lines import emit, machine, seconds
 from benchmarks.throughput import spaces, synthetic
+from jaxwm import compiler
 from jaxwm.agent import AgentConfig, compute_dtype, make_agent
 from jaxwm.envs import wrappers
 from jaxwm.models.encoders import Decoder, Encoder
@@ -200,28 +201,28 @@ def parts(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) 
     agent, state, carry, steps, key = work(config, obs, batch, length, shapes=False)
     model, behavior, params = agent.model, agent.behavior, state.params
     obs_space, _ = spaces(obs)
-    noise = jax.jit(lambda key: agent.noise(key, length, batch))
+    noise = compiler.jit(lambda key: agent.noise(key, length, batch))
     draws = noise(key)
 
-    observe = jax.jit(lambda p, s, d: model.observe(p["model"], carry, s, d.posterior)[0])
+    observe = compiler.jit(lambda p, s, d: model.observe(p["model"], carry, s, d.posterior)[0])
     latents = observe(params, steps, draws)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (latents, steps.obs))
 
     def act(p: Any) -> Callable:
         return lambda feat, noise: (behavior.act(p["behavior"], feat, noise), None)
 
-    @jax.jit
+    @compiler.jit
     def imagine(p, d, latents):
         dream, actions, _ = model.imagine(p["model"], latents, act(p), d.prior, d.action)
         return model.features(dream), actions
 
-    @jax.jit
+    @compiler.jit
     @jax.grad
     def learn_model(p, s, d):
         terms = model.loss(p["model"], carry, s, d.posterior)[0]
         return sum(term.mean() for term in terms.values())
 
-    @jax.jit
+    @compiler.jit
     @jax.grad
     def learn_behavior(p, s, d, latents):
         fixed = (state.slow.params, state.behavior, p["model"], latents, s, d.prior, d.action)
@@ -230,9 +231,9 @@ def parts(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) 
     encoder = Encoder(obs_space, config.model.codec, compute_dtype(config.dtype))
     decoder = Decoder(obs_space, config.model.codec, compute_dtype(config.dtype))
 
-    encode = jax.jit(lambda p, seen: encoder.apply({"params": p["model"]["encoder"]}, seen))
+    encode = compiler.jit(lambda p, seen: encoder.apply({"params": p["model"]["encoder"]}, seen))
 
-    @jax.jit
+    @compiler.jit
     @jax.grad
     def code(p, latents, seen):
         tokens = encoder.apply({"params": p["model"]["encoder"]}, seen)
@@ -242,7 +243,7 @@ def parts(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) 
 
     optimizer, slow = laprop(**dataclasses.asdict(config.optim)), slow_copy(config.slow_rate)
 
-    @jax.jit
+    @compiler.jit
     def optimise(p, grads, opt, slow_state):
         updates, opt = optimizer.update(grads, opt, p)
         p = apply_updates(p, updates)
@@ -252,9 +253,9 @@ def parts(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) 
     memory = replay(ReplayConfig(20_000, batch, length), *row)
     buffer, cursor = memory.init()
     cursor = cursor._replace(written=cursor.written + 1000)
-    sample = jax.jit(lambda b, c, k: memory.sample(b, c, k)[0])
+    sample = compiler.jit(lambda b, c, k: memory.sample(b, c, k)[0])
     # The buffer is given away, as in training: it is changed in place.
-    write = jax.jit(memory.write_back, donate_argnums=0)
+    write = compiler.jit(memory.write_back, donate_argnums=0)
     window = sample(buffer, cursor, key)
     stored = [buffer]
 
@@ -263,7 +264,7 @@ def parts(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) 
         stored[0] = write(stored[0], window, latents)
         return stored[0]
 
-    update = jax.jit(agent.update)
+    update = compiler.jit(agent.update)
     grads = jax.tree.map(jnp.ones_like, params)
     calls = {
         "update": lambda: update(state, carry, steps, key),

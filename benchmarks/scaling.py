@@ -18,12 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from benchmarks.lines import emit, machine, seconds
 from benchmarks.loop import Run, collecting, training
 from benchmarks.roofline import demands, work
 from benchmarks.throughput import synthetic
+from jaxwm import compiler
 from jaxwm.agent import compute_dtype
 from jaxwm.recipes import dreamer_v3
 from jaxwm.replay import check_fits
@@ -128,7 +127,7 @@ def sizes(
             left_out[size] = f"an update would take {hence:.0f} s"
             continue
         shapes = work(config, "vector", batch, length, shapes=True)
-        update = jax.jit(shapes.agent.update, donate_argnums=0)
+        update = compiler.jit(shapes.agent.update, donate_argnums=0)
         try:
             compiled = update.lower(*shapes[1:]).compile()
             check_fits(footprint(compiled), "An update")

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from benchmarks.lines import emit, machine, seconds
 from benchmarks.loop import Run, measure
+from jaxwm import compiler
 from jaxwm.agent import AgentConfig, compute_dtype, make_agent
 from jaxwm.envs import wrappers
 from jaxwm.recipes import RunConfig, dreamer_v3
@@ -66,7 +67,7 @@ def measure_update(config: AgentConfig, obs: str, batch: int, length: int, repea
     steps = steps._replace(is_first=jnp.zeros((length, batch), bool))
     carry = agent.initial(batch)
     start = time.perf_counter()
-    update = jax.jit(agent.update, donate_argnums=0).lower(state, carry, steps, key).compile()
+    update = compiler.jit(agent.update, donate_argnums=0).lower(state, carry, steps, key).compile()
     compile_seconds = time.perf_counter() - start
     act = jax.jit(agent.act).lower(state.params, carry, row, key).compile()
     acting = seconds(lambda: act(state.params, carry, row, key), 10 * repeats)

@@ -208,10 +208,8 @@ class MLP(nn.Module):
         size = self.inputs
         for index in range(self.layers):
             linear = Linear(size, self.units, dtype=self.dtype, name=f"linear{index}")
-            if features_first and index == 0:
-                x = linear.add_bias(linear.columns(x))
-            else:
-                x = linear(x)
+            turned = features_first and index == 0
+            x = linear.add_bias(linear.columns(x)) if turned else linear(x)
             x = silu(RMSNorm(self.units, name=f"norm{index}")(x))
             size = self.units
         return x
@@ -432,13 +430,17 @@ def keep_products(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
+def sliced(size: int) -> bool:
+    """Whether slices of so many numbers are better computed one after the other than at once."""
+    return jax.default_backend() == "cpu" and size >= 2**17
+
+
 def by_slices(function: Callable[..., Any], *arrays: Any) -> Any:
     """`function(*arrays)`; on CPU, where slices are large, one after the other.
 
     What is computed in between then stays in the cache.
     """
-    largest = max(x[0].size for x in jax.tree.leaves(arrays))
-    if jax.default_backend() != "cpu" or largest < 2**17:
+    if not sliced(max(x[0].size for x in jax.tree.leaves(arrays))):
         return function(*arrays)
     return jax.lax.map(keep_products(lambda slices: function(*slices)), arrays)
 

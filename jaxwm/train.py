@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import envs, mesh, sweep
+from jaxwm import compiler, envs, mesh, sweep
 from jaxwm.agent import Agent, AgentState, make_agent
 from jaxwm.config import require
 from jaxwm.envs import check, wrappers
@@ -360,7 +360,7 @@ def _on_device(
     init = jax.jit(mesh.spread(init, layout, (each, each), leads))
     chunk = mesh.spread(chunk, layout, (leads, P(), P()), (leads, each))
     start = lambda: init(*mesh.put(members_of(config), layout, each))  # noqa: E731
-    go = jax.jit(chunk, donate_argnums=0)
+    go = compiler.jit(chunk, donate_argnums=0)
 
     def shapes() -> TrainState:
         return mesh.placed(jax.eval_shape(init, *members_of(config)), layout, leads)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import replay_host, train
+from jaxwm import compiler, replay_host, train
 from jaxwm.agent import Agent, AgentState
 from jaxwm.envs.host import Pool, TooManyFaults
 from jaxwm.mesh import Layout
@@ -250,7 +250,7 @@ def _store_on_device(
             (like.agent.params, like.key, _without_acting(like), train.NUMBER),
         )
 
-    jits = (jax.jit(add, donate_argnums=0), jax.jit(learn, donate_argnums=2))
+    jits = (jax.jit(add, donate_argnums=0), compiler.jit(learn, donate_argnums=2))
     return _Store(jits, arguments, lambda add, learn: (add, learn))
 
 
@@ -352,7 +352,7 @@ def _store_in_host_memory(
         return state._replace(buffer=make(memory.shapes, lead))
 
     return _Store(
-        (jax.jit(packing), jax.jit(choose), jax.jit(update, donate_argnums=2)),
+        (jax.jit(packing), jax.jit(choose), compiler.jit(update, donate_argnums=2)),
         arguments,
         join,
         start=lambda start: lambda *members: start(*members)._replace(buffer=()),

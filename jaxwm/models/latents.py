@@ -5,11 +5,12 @@ Source: DreamerV2 (arXiv:2010.02193) for the latent and the balanced KL, Dreamer
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
-from jaxwm import dists
+from jaxwm import dists, nets
 from jaxwm.config import at_least, share
 from jaxwm.types import Array, Float, Key
 
@@ -46,7 +47,10 @@ def distribution(config: LatentConfig, logits: Float[Array, "*lead S K"]) -> dis
 
 def gumbel(config: LatentConfig, key: Key, lead: tuple[int, ...]) -> Float[Array, "*lead S K"]:
     """The standard Gumbel draws that sampling a latent of leading axes `lead` consumes."""
-    return jax.random.gumbel(key, (*lead, config.stoch, config.classes))
+    one = lambda key: jax.random.gumbel(key, (*lead[1:], config.stoch, config.classes))  # noqa: E731
+    keys = jax.random.split(key, lead[0])
+    sliced = nets.sliced(math.prod(lead[1:]) * config.stoch * config.classes)
+    return jax.lax.map(one, keys) if sliced else jax.vmap(one)(keys)
 
 
 def kl_losses(
