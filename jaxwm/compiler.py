@@ -2,7 +2,7 @@
 
 On a CPU, XLA hands products and reductions to the library YNNPACK. Without it an update takes
 about 7 % less time with vectors and 16 % less with images (size1m, jax 0.10.2, two cores; at
-size12m no difference was found). What a user's XLA_FLAGS say of an option stays as they say.
+size12m 3 % more, of three turns). What a user's XLA_FLAGS say of an option stays as they say.
 """
 
 import functools
