@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxwm import lock
+from jaxwm.spaces import JaxwmError
 from jaxwm.stop import at_once
 
 _HELP = """\
@@ -75,13 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jaxwm: interrupted; `jaxwm resume` goes on from a checkpoint", file=sys.stderr)
         return 130
-    except UsageError as error:
-        message = str(error)
-    except ValueError as error:
-        from jaxwm.types import JaxwmError
-
-        if not isinstance(error, JaxwmError):
-            raise
+    except (UsageError, JaxwmError) as error:
         message = str(error)
     width = min(shutil.get_terminal_size().columns, 100)
     paragraph = textwrap.fill(

@@ -42,7 +42,7 @@ from jaxwm.types import HostEnv, JaxwmError, Step, as_dict
 LOG = logging.getLogger("jaxwm")
 # What can go wrong with a simulator.
 KINDS = ("raised", "hung", "died", "bad value", "bad shape or type")
-# Importing packages and making simulators may take longer than any step.
+# Importing packages and making one simulator may take so much longer than a step.
 _START_SECONDS = 60.0
 # A worker that fails so often without one good step in between will not come back.
 _PATIENCE = 10
@@ -91,6 +91,7 @@ class _Worker:
         self.first, self.last = first, last
         self.failures = 0
         self.deadline = 0.0
+        self.beginning: int | None = None  # the simulator it was last seen to begin with
         self.notes = tempfile.TemporaryFile()  # noqa: SIM115  closed by the pool
         self.pipe: Connection
         self._process: subprocess.Popen | None = None
@@ -115,9 +116,8 @@ class _Worker:
             self.pipe.send_bytes(json.dumps({**task, "seed": seed}).encode())
             self.pipe.send_bytes(recipe)
 
-    def say(self, word: str, seconds: float) -> None:
-        """Sends a word; the answer is due in so many seconds."""
-        self.deadline = time.monotonic() + seconds
+    def say(self, word: str) -> None:
+        """Sends a word, which the process will answer."""
         with contextlib.suppress(OSError):  # as above
             self.pipe.send_bytes(word.encode())
 
@@ -228,8 +228,8 @@ class Pool:
         """The rows (B,) that begin an episode in every simulator."""
         if not self._fresh:
             for worker in self._workers:
-                worker.say("reset", self.config.timeout)
-                self._waiting.add(worker)
+                self._begins(worker)
+                worker.say("reset")
             self._gather()
         self._fresh = True
         return self._rows(None)
@@ -245,8 +245,9 @@ class Pool:
         for name, value in self._action.items():
             self._views.action[name][:] = value
         for worker in self._workers:
-            worker.say("step", self.config.timeout)
+            worker.deadline = time.monotonic() + self.config.timeout
             self._waiting.add(worker)
+            worker.say("step")
 
     def receive(self) -> Step:
         """The rows (B,) that the actions led to, in memory of their own.
@@ -291,9 +292,29 @@ class Pool:
 
     def _start(self, worker: "_Worker") -> None:
         (seed,) = self._seeds.spawn(1)
+        self._begins(worker)
         worker.start(self._recipe, self._file, self.count, int(seed.generate_state(1)[0]))
-        worker.deadline = time.monotonic() + _START_SECONDS + self.config.timeout
+
+    def _begins(self, worker: "_Worker") -> None:
+        """Notes that it begins with its simulators, from the first one on."""
+        self._views.current[worker.first] = 0
         self._waiting.add(worker)
+        self._allow(worker, 0)
+
+    def _allow(self, worker: "_Worker", simulator: int) -> None:
+        """Gives it the time to make a simulator and begin an episode in it."""
+        worker.beginning = simulator
+        worker.deadline = time.monotonic() + _START_SECONDS + self.config.timeout
+
+    def _is_hung(self, worker: "_Worker") -> bool:
+        """Whether it is late; one that begins with one simulator after the other is not."""
+        if worker.deadline > time.monotonic():
+            return False
+        current = int(self._views.current[worker.first])
+        if worker.beginning is None or worker.beginning == current:
+            return True
+        self._allow(worker, current)
+        return False
 
     def _gather(self, first: bool = False) -> None:
         """Waits until every worker has put its rows down, and replaces those that fail."""
@@ -310,11 +331,10 @@ class Pool:
                     self._replace(worker, "raised", answer["failed"], first)
                     continue
                 self._waiting.discard(worker)
-                worker.failures = 0
+                worker.failures, worker.beginning = 0, None
                 for kind, index, text in answer["faults"]:
                     self._count(Fault(kind, worker.first + index, text))
-            now = time.monotonic()
-            for worker in [w for w in self._waiting if w.deadline <= now]:
+            for worker in [w for w in self._waiting if self._is_hung(w)]:
                 self._replace(worker, "hung", worker.hung_where(), first)
 
     def _replace(self, worker: "_Worker", kind: str, text: str, first: bool) -> None:

@@ -1,12 +1,14 @@
 """Simulators in worker processes: rows, time limits, and every way to fail."""
 
 import logging
+import time
 
 import numpy as np
 import pytest
 import scripted
 from scripted import CRASH, DTYPE, EXIT, GOOD, HANG, KEYS, LENGTH, NAN, RAISE, REWARD, SHAPE
 
+from jaxwm.envs import host
 from jaxwm.envs.host import HostConfig, Pool, TooManyFaults, limit_and_repeat
 from jaxwm.types import HostEnv, JaxwmError
 
@@ -155,6 +157,24 @@ def unmakable():
 def test_what_cannot_be_made_is_told_at_once(change, words):
     with pytest.raises(JaxwmError, match=words):
         Pool(scripted.scripted()._replace(**change), 2, HostConfig(workers=1))
+
+
+def test_each_simulator_gets_its_own_time_to_be_made(monkeypatch):
+    def slow():
+        time.sleep(0.5)
+        return scripted.Scripted()
+
+    monkeypatch.setattr(host, "_START_SECONDS", 5.0)
+    env = scripted.scripted()._replace(open=slow)
+    with Pool(env, 14, HostConfig(workers=1, timeout=1.0)) as pool:  # 7 s in all
+        assert pool.reset().is_first.all() and not any(pool.faults.values())
+
+
+def test_one_that_is_never_made_is_told(monkeypatch):
+    monkeypatch.setattr(host, "_START_SECONDS", 3.0)
+    env = scripted.scripted()._replace(open=lambda: time.sleep(99))
+    with pytest.raises(JaxwmError, match=r"(?s)cannot be made; its process hung.*in <lambda>"):
+        Pool(env, 2, HostConfig(workers=1, timeout=0.1))
 
 
 @pytest.mark.parametrize(
