@@ -31,11 +31,11 @@ def test_rows_follow_the_time_table(pool):
     assert row.is_first.all() and not row.is_last.any() and (row.reward == 0).all()
     assert len(set(row.obs["vector"][:, 0])) == 4  # every simulator has its own seed
     episode = row.obs["vector"][0, 1]
-    for time in range(1, LENGTH + 1):
+    for step in range(1, LENGTH + 1):
         given = np.full(4, GOOD, np.int32)
         row = pool.step(given)
-        assert (row.obs["vector"][:, 2] == time).all() and (row.reward == time).all()
-        assert (row.is_last == (time == LENGTH)).all() and not row.is_first.any()
+        assert (row.obs["vector"][:, 2] == step).all() and (row.reward == step).all()
+        assert (row.is_last == (step == LENGTH)).all() and not row.is_first.any()
     assert row.is_terminal.all()
     # The action after the last row is ignored: even one that would do harm.
     row = pool.step(np.full(4, EXIT, np.int32))
