@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from benchmarks.lines import emit, machine
-from jaxwm import memory, train
+from jaxwm import memory, mesh, train
 from jaxwm.agent import compute_dtype
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay import ReplayConfig
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=32, help="rows trained on per step")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--shards", type=int, default=1, help="shards of the training")
     parser.add_argument("--iterations", type=int, default=8, help="in a chunk of the training")
     parser.add_argument("--collect-size", default="nano", help="a size of dreamer_v3, to collect")
     parser.add_argument("--collect-envs", type=int, nargs="+", default=[16, 64, 256, 1024])
@@ -126,7 +127,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
     learns = (args.size, args.envs, args.ratio, args.batch, args.length, args.dtype)
-    runs = [("training", training(*learns), args.iterations)]
+    learning = dataclasses.replace(training(*learns), shards=args.shards)
+    mesh.use_cores(learning)
+    runs = [("training", learning, args.iterations)]
     for envs in args.collect_envs:
         config = collecting(args.collect_size, envs, dtype=args.dtype)
         runs.append(("collecting", config, max(8, 16_384 // envs)))
@@ -141,6 +144,7 @@ def main() -> None:
             "work": work,
             "env": config.env,
             "envs": config.envs,
+            "shards": config.shards,
             "size": config.size,
             "dtype": compute_dtype(config.agent.dtype),
             "train_ratio": config.replay.train_ratio if work == "training" else 0,

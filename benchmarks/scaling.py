@@ -3,7 +3,8 @@
     python -m benchmarks.scaling --picture curves.png --out benchmarks/results/scaling.jsonl
 
 - envs: steps per second of a policy that acts and stores in so many environments, in one program.
-- seeds: time of one update of so many seeds side by side, against one seed's. Runs take turns.
+- seeds: time of one update of so many seeds side by side, against one seed's. Runs take turns. On a
+  CPU seeds are divided among its cores, as in a training.
 - sizes: time of one update, and the operations per second it comes to.
 
 Efficiency is the share that is left of linear growth: of as many times the speed of the first
@@ -22,7 +23,7 @@ from benchmarks.lines import emit, machine, seconds
 from benchmarks.loop import Run, collecting, training
 from benchmarks.roofline import demands, work
 from benchmarks.throughput import synthetic
-from jaxwm import compiler
+from jaxwm import compiler, mesh
 from jaxwm.agent import compute_dtype
 from jaxwm.recipes import dreamer_v3
 from jaxwm.replay import check_fits
@@ -200,6 +201,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     parser.add_argument("--picture", type=Path, help="draw the curves into this PNG")
     args = parser.parse_args()
+    if "seeds" in args.axes:
+        mesh.use_cores(dataclasses.replace(training(args.size, 1, 1), seeds=max(args.seeds)))
     batch, rest = (args.batch, args.length), (args.repeats, args.dtype, args.budget)
     axes = {
         "envs": lambda: environments(args.envs, args.size, args.repeats, args.dtype),

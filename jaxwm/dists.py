@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from jaxwm.numerics import Scalar, prepend_axes, symexp, symlog, twohot, twohot_mean
+from jaxwm.numerics import (
+    Scalar,
+    logsumexp,
+    prepend_axes,
+    symexp,
+    symlog,
+    twohot,
+    twohot_mean,
+)
 from jaxwm.types import JaxwmError, Key
 
 # Log-probability of a class that does not exist: exp gives exactly 0, and products with
@@ -191,7 +199,7 @@ class TwoHot(_Distribution):
     def log_prob(self, value: Num[Array, "*batch"]) -> Float[Array, "*batch"]:
         # The weights add up to 1, so that the normaliser can be taken out of the sum.
         target = twohot(value, self.bins)
-        total = prepend_axes(jax.nn.logsumexp(self.logits, -1), value.ndim)
+        total = prepend_axes(logsumexp(self.logits), value.ndim)
         return jnp.sum(target * prepend_axes(self.logits, target.ndim), axis=-1) - total
 
     def mean(self) -> Float[Array, "*batch"]:

@@ -26,7 +26,7 @@ _FLAGS = {
 
 
 class Use(NamedTuple):
-    """Bytes of the memory of each device, over all its members."""
+    """Bytes of each memory, over all members there: the cores of a CPU share one."""
 
     replay: int
     parameters: int  # the slow critic's too
@@ -54,7 +54,8 @@ def use(program: Program, chunk: Chunk, config: RunConfig) -> Use:
         # Orbax copies again what it writes, array by array, into the host's memory, which is the
         # device's. Latents are written in eighths.
         saved += max(rows, latents / 8)
-    return Use(replay, parameters, opt, chunk.temporary, others, int(saved))
+    parts = replay, parameters, opt, chunk.temporary, others, int(saved)
+    return Use(*(program.layout.sharing * part for part in parts))
 
 
 def check(used: Use) -> None:

@@ -17,8 +17,10 @@ Which axes an array leads with is said by a `PartitionSpec` of "shards" and "mem
 layout drops what it has but one of.
 """
 
+import contextlib
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxwm.agent import AgentState
 from jaxwm.config import require
+from jaxwm.envs.host import cores
 from jaxwm.numerics import fold_mirrored, unfold_mirrored
 from jaxwm.recipes import RunConfig
 from jaxwm.types import ALONE, JaxwmError, Key, Shards
@@ -59,6 +62,12 @@ class Layout(NamedTuple):
         return self.mesh.size == 1 and self.shards == 1
 
     @property
+    def sharing(self) -> int:
+        """Devices that share one memory: those in use, if they are the cores of a CPU."""
+        devices = self.mesh.local_devices
+        return len(devices) if devices[0].platform == "cpu" else 1
+
+    @property
     def members_here(self) -> int:
         """Members on each device."""
         return self.members // self.mesh.shape[MEMBERS]
@@ -80,8 +89,7 @@ def layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layout:
       JaxwmError: if a process would have nothing to do.
     """
     devices = jax.devices() if devices is None else devices
-    data = math.gcd(len(devices), config.shards)
-    members = math.gcd(len(devices) // data, config.members)
+    data, members = _grid(len(devices), config)
     used = devices[: members * data]
     busy, there = len({device.process_index for device in used}), jax.process_count()
     require(
@@ -92,6 +100,28 @@ def layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layout:
     )
     grid = np.array(used).reshape(members, data)
     return Layout(Mesh(grid, (MEMBERS, DATA)), config.members, config.shards, config.shard_params)
+
+
+def _grid(count: int, config: RunConfig) -> tuple[int, int]:
+    """Among how many of so many devices shards and members are divided."""
+    data = math.gcd(count, config.shards)
+    return data, math.gcd(count // data, config.members)
+
+
+def use_cores(config: RunConfig) -> None:
+    """Makes devices of a CPU's cores, as many as shards and members can be divided among.
+
+    A device on each core is busier than one device that hands out parts of every operation: small
+    ones are not worth dividing. Call it before jax is used. Where that is too late, or something
+    else says how many devices a CPU is, or processes train together, it changes nothing.
+    """
+    said = jax.config.values["jax_num_cpu_devices"] > 0
+    said |= "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if said or jax.distributed.is_initialized():
+        return
+    count = max(range(1, cores() + 1), key=lambda count: math.prod(_grid(count, config)))
+    with contextlib.suppress(RuntimeError):  # jax has been used
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def part(config: RunConfig) -> RunConfig:

@@ -92,20 +92,44 @@ columns.defvjp(_columns_forward, _columns_backward)
 
 
 @jax.custom_vjp
+def product(
+    x: Float[Array, "*lead inputs"], kernel: Float[Array, "inputs outputs"]
+) -> Float[Array, "*lead outputs"]:
+    """`x @ kernel`."""
+    return x @ kernel
+
+
+def _product_backward(saved, grad):
+    x, kernel = saved
+    inputs, outputs = kernel.shape
+    rows, grads = x.reshape(-1, inputs), grad.reshape(-1, outputs)
+    # Of the two factors the routines of a CPU turn the left one, which should be the smaller: with
+    # 640 inputs and 64 outputs the gradient of the kernel takes 0.4 of the time then. The barrier
+    # keeps the compiler from swapping them.
+    if outputs < inputs:
+        grad_kernel = jax.lax.optimization_barrier(grads.T @ rows).T
+    else:
+        grad_kernel = rows.T @ grads
+    return grad @ kernel.T, grad_kernel
+
+
+product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+
+
+@jax.custom_vjp
 def recall(
-    product: Float[Array, "*lead outputs"],
+    known: Float[Array, "*lead outputs"],
     x: Float[Array, "*lead inputs"],
     kernel: Float[Array, "inputs outputs"],
 ) -> Float[Array, "*lead outputs"]:
-    """`product`, which is `x @ kernel` from before, with the gradients of computing it here."""
-    return product
+    """`known`, which is `product(x, kernel)` from before, with the gradients of computing it."""
+    return known
 
 
-def _recall_backward(saved, grad):
-    return None, *jax.vjp(jnp.matmul, *saved)[1](grad)
-
-
-recall.defvjp(lambda product, x, kernel: (product, (x, kernel)), _recall_backward)
+recall.defvjp(
+    lambda known, x, kernel: (known, (x, kernel)),
+    lambda saved, grad: (None, *_product_backward(saved, grad)),
+)
 
 
 class Linear(nn.Module):
@@ -127,13 +151,13 @@ class Linear(nn.Module):
 
     def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
         if self.has_variable("products", "product"):
-            product = self.get_variable("products", "product")
-            product = recall(product, x.astype(self.dtype), self.kernel.astype(self.dtype))
+            known = self.get_variable("products", "product")
+            known = recall(known, x.astype(self.dtype), self.kernel.astype(self.dtype))
         else:
-            product = self.rows(x, 0)
+            known = self.rows(x, 0)
             if self.is_mutable_collection("products"):
-                self.put_variable("products", "product", product)
-        return self.add_bias(product)
+                self.put_variable("products", "product", known)
+        return self.add_bias(known)
 
     def laid_out(self, size: int) -> Kernel:
         """The first `size` rows, for `columns`."""
@@ -142,7 +166,7 @@ class Linear(nn.Module):
     def rows(self, x: Float[Array, "*lead part"], start: int) -> Float[Array, "*lead outputs"]:
         """`x @ kernel[start : start + part]`, without the bias."""
         kernel = self.kernel[start : start + x.shape[-1]]
-        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+        return product(x.astype(self.dtype), kernel.astype(self.dtype))
 
     def columns(self, x: Float[Array, "inputs N"]) -> Float[Array, "N outputs"]:
         """`x.T @ kernel`, without the bias."""

@@ -73,6 +73,7 @@ def run(
     """
     begun = time.monotonic()
     folder = folder or default_folder(config)
+    mesh.use_cores(config)
     if jax.process_index() == 0:
         lock.check(folder)
     if resume:

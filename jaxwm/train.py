@@ -211,7 +211,7 @@ def build(
     row = jax.eval_shape(lambda: empty_row(env, part.envs))
     memory = replay(part.replay, row, jax.eval_shape(lambda: agent.initial(part.envs)))
     here = memory.nbytes * layout.members_here * layout.shards_here
-    check_fits(here, place=config.replay.place)
+    check_fits(here * layout.sharing, place=config.replay.place)
     count = iterations or max(1, config.log_every // config.envs)
     if isinstance(env, HostEnv):
         from jaxwm.train_host import on_host  # it builds on this file

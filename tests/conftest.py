@@ -23,6 +23,7 @@ jaxtyping.install_import_hook("jaxwm", "typecheck.checked")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+jax.config.update("jax_num_cpu_devices", 1)  # in whatever order tests run
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

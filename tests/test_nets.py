@@ -122,6 +122,17 @@ def test_slices_change_neither_values_nor_gradients(rng):
         np.testing.assert_allclose(have_one, want_one, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(7, 3), (3, 7)])
+def test_the_gradients_of_a_product_are_those_of_a_matrix_product(rng, inputs, outputs):
+    x, kernel = normal(rng, 2, 5, inputs), normal(rng, inputs, outputs)
+    have, want = (
+        jax.jit(jax.grad(lambda *args, f=f: jnp.sum(jnp.sin(f(*args))), (0, 1)))(x, kernel)
+        for f in (nets.product, jnp.matmul)
+    )
+    for have_one, want_one in zip(have, want, strict=True):
+        np.testing.assert_allclose(have_one, want_one, rtol=1e-5, atol=1e-5)
+
+
 def test_remembered_products_are_not_computed_again_and_learn_the_same(rng):
     x = jnp.asarray(normal(rng, 3, 2, 5))
     module = nets.Heads(5, 8, 2, {"a": 2, "b": 4})

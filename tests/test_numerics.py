@@ -133,6 +133,22 @@ def test_twohot_mean_feels_the_last_bit_of_the_logits():
     np.testing.assert_allclose(mean, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("n", [1, 2, 33, 64, 65, 255])
+def test_softmax_and_logsumexp_equal_those_of_jax(n):
+    logits = 30 * jax.random.normal(jax.random.key(n), (4, 3, n)) + 200  # exp of it overflows
+    for ours, theirs in (
+        (numerics.softmax, jax.nn.softmax),
+        (numerics.logsumexp, functools.partial(jax.nn.logsumexp, axis=-1)),
+    ):
+        have, want = (
+            jax.value_and_grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(logits)
+            for f in (ours, theirs)
+        )
+        np.testing.assert_allclose(ours(logits), theirs(logits), rtol=1e-5, atol=1e-30)
+        np.testing.assert_allclose(have[0], want[0], rtol=1e-5)
+        np.testing.assert_allclose(have[1], want[1], rtol=1e-4, atol=1e-5)
+
+
 def test_twohot_passes_no_gradient_and_no_nan():
     bins = numerics.symexp_bins(64)
     slope = jax.grad(lambda x: jnp.sum(numerics.twohot(x, bins)[..., 40]))

@@ -205,7 +205,7 @@ class Pool:
         self._seeds = np.random.SeedSequence(seed)
         self._file, memory = _shared_memory(views(env, count)[1])
         self._views, _ = views(env, count, memory)
-        workers = min(config.workers or _cores(), count)
+        workers = min(config.workers or cores(), count)
         edges = [count * i // workers for i in range(workers + 1)]
         self._workers = [_Worker(a, b) for a, b in itertools.pairwise(edges)]
         self._waiting: set[_Worker] = set()
@@ -399,7 +399,7 @@ def resident_bytes(process: int | str = "self") -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _cores() -> int:
+def cores() -> int:
     """Processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
