@@ -12,6 +12,7 @@ numbers as observation and 6 continuous actions, or 64x64 colour images and 6 ch
 the networks are those of DreamerV3's `size1m` and `size12m`, in float32.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -55,8 +56,11 @@ def jaxwm_loop(job: dict[str, Any]) -> Built:
     import jax
 
     from benchmarks.loop import Run, training
+    from jaxwm import mesh
 
     config = training(job["size"], job["envs"], job["ratio"], job["batch"], job["length"])
+    config = dataclasses.replace(config, shards=job["shards"])
+    mesh.use_cores(config)
     run = Run(config, job["steps"] // job["envs"])
     while run.updates == 0:  # fill the replay
         run()

@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--envs", type=int, default=16, help="environments of the loop")
     parser.add_argument("--ratio", type=float, default=32, help="train ratio of the loop")
+    parser.add_argument("--shards", type=int, default=1, help="of this package's loop")
     parser.add_argument("--steps", type=int, default=128, help="environment steps of a turn")
     parser.add_argument("--repeats", type=int, default=10, help="turns of each")
     parser.add_argument("--warmup", type=int, default=2, help="turns before, not counted")
@@ -211,7 +212,7 @@ def main() -> None:
     for work, size, obs in kinds:
         job = {"work": work, "size": size, "obs": obs}
         job |= {x: getattr(args, x) for x in ("batch", "length", "warmup", "compile")}
-        job |= {x: getattr(args, x) for x in ("envs", "ratio", "steps")}
+        job |= {x: getattr(args, x) for x in ("envs", "ratio", "steps", "shards")}
         job["path"] = str(args.reference.resolve()) if args.reference else ""
         # The packages have no loop that would be the same work.
         names = [x for x in pythons if work == "update" or x in ("jaxwm", "reference")]
@@ -226,7 +227,7 @@ def main() -> None:
         for name, result in found.items():
             result["versions"] = about.get(name, {})
         kept = ("work", "size", "obs", "batch", "length")
-        kept += ("envs", "ratio", "steps") if work == "loop" else ()
+        kept += ("envs", "ratio", "steps", "shards") if work == "loop" else ()
         line = {name: job[name] for name in kept} | {"dtype": "float32", "peers": found}
         emit(line | machine(), args.out)
 
