@@ -95,7 +95,7 @@ columns.defvjp(_columns_forward, _columns_backward)
 def product(
     x: Float[Array, "*lead inputs"], kernel: Float[Array, "inputs outputs"]
 ) -> Float[Array, "*lead outputs"]:
-    """`x @ kernel`, with a gradient of the kernel that is fast on CPU; no forward-mode derivative."""
+    """`x @ kernel`, whose gradients are fast on CPU too; it has no forward-mode derivative."""
     return x @ kernel
 
 
