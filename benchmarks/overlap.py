@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.lines import emit, machine
 from benchmarks.throughput import spaces, synthetic
 from jaxwm import train
-from jaxwm.envs.host import HostConfig, Pool
+from jaxwm.envs.host import HostConfig, Pool, cores
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay import ReplayConfig
 from jaxwm.types import HostEnv
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--milliseconds", type=float, default=5.0, help="that a step takes")
     parser.add_argument("--size", default="nano", help="a size of dreamer_v3")
     parser.add_argument("--envs", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=cores(), help="by default as in a run")
     parser.add_argument("--ratios", type=float, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--iterations", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
