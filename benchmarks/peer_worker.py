@@ -30,18 +30,36 @@ Built = tuple[Callable[[], Any], dict[str, Any]]
 
 
 def jaxwm_update(job: dict[str, Any]) -> Built:
-    """`agent.update` of this package, in place as in training."""
+    """`agent.update` of this package, in place and divided among shards as in training."""
     import jax
+    import jax.numpy as jnp
 
-    from benchmarks.roofline import work
-    from jaxwm import compiler
-    from jaxwm.agent import compute_dtype
-    from jaxwm.recipes import dreamer_v3
+    from benchmarks.loop import training
+    from benchmarks.roofline import spaces, work
+    from jaxwm import compiler, mesh
+    from jaxwm.agent import compute_dtype, make_agent
+    from jaxwm.mesh import P
 
-    config = dreamer_v3.agent(job["size"])
-    assert compute_dtype(config.dtype) == "float32", "peers are compared in float32"
-    agent, state, carry, steps, key = work(config, job["obs"], job["batch"], job["length"], False)
-    update = compiler.jit(agent.update, donate_argnums=0)
+    sizes = (job["size"], job["envs"], job["ratio"], job["batch"], job["length"])
+    config = dataclasses.replace(training(*sizes), shards=job["shards"])
+    mesh.use_cores(config)
+    assert compute_dtype(config.agent.dtype) == "float32", "peers are compared in float32"
+    layout, part = mesh.layout(config), mesh.part(config)
+    shards = mesh.shards_of(layout)
+    agent = make_agent(config.agent, *spaces(job["obs"]), shards)
+    whole = work(config.agent, job["obs"], part.replay.batch_size, job["length"], False)
+    inputs = whole.carry, whole.steps
+    if layout.shards > 1:
+        inputs = jax.tree.map(lambda x: jnp.stack([x] * layout.shards), inputs)
+    own = P(mesh.SHARDS)
+    state, key = mesh.put((whole.state, whole.key), layout, P())
+    carry, steps = mesh.put(inputs, layout, own)
+
+    def of_shard(state: Any, carry: Any, steps: Any, key: Any) -> Any:
+        return agent.update(state, carry, steps, shards.own(key))
+
+    update = mesh.spread(of_shard, layout, (P(), own, own, P()), (P(), own, P()))
+    update = compiler.jit(update, donate_argnums=0)
 
     def once() -> None:
         nonlocal state

@@ -243,20 +243,27 @@ def world_model(
         params: Params, start: Latent, policy: Callable, noise: Array, policy_noise: Any
     ) -> tuple[Latent, Any, Any]:
         kernels = core_kernels(params["core"])
+        rows = start.deter.shape[0]
+        spare = nets.spare_columns(rows)
+
+        def widen(x: Array) -> Array:
+            return jnp.pad(x, ((0, spare), *((0, 0),) * (x.ndim - 1)))
 
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Array, Any, Any]]:
             gumbel, policy_draw = inputs
-            feat = features(_swap(carry))
+            feat = features(Latent(carry.deter[:, :rows].T, carry.stoch))
             action, kept = policy(feat, policy_draw)
-            moved = embed_action(params, as_dict(action))
-            deter = core_step(params["core"], kernels, carry.deter, _flat(carry.stoch), moved)
-            stoch = sample(prior_logits(params["prior"], deter, True), gumbel)
-            return Latent(deter, stoch), (feat, action, kept)
+            moved = embed_action(params, jax.tree.map(widen, as_dict(action)))
+            deter = core_step(params["core"], kernels, carry.deter, widen(_flat(carry.stoch)), moved)
+            logits = prior_logits(params["prior"], deter, True)[:rows]
+            return Latent(deter, sample(logits, gumbel)), (feat, action, kept)
 
-        last, (feats, actions, kept) = jax.lax.scan(step, _swap(start), (noise, policy_noise))
+        begin = Latent(widen(start.deter).T, start.stoch)
+        last, (feats, actions, kept) = jax.lax.scan(step, begin, (noise, policy_noise))
+        last = Latent(last.deter[:, :rows].T, last.stoch)
         # Stacked as features, which is how heads read them: the compiler sees that `features`
         # of the two slices is the array it has, and copies nothing.
-        return split(jnp.concatenate([feats, features(_swap(last))[None]])), actions, kept
+        return split(jnp.concatenate([feats, features(last)[None]])), actions, kept
 
     def predict(
         params: Params, latents: Latent, keys: tuple[str, ...] | None = None
