@@ -40,19 +40,19 @@ def jaxwm_update(job: dict[str, Any]) -> Built:
     from jaxwm.agent import compute_dtype, make_agent
     from jaxwm.mesh import P
 
-    sizes = (job["size"], job["envs"], job["ratio"], job["batch"], job["length"])
-    config = dataclasses.replace(training(*sizes), shards=job["shards"])
+    batch, length = job["batch"], job["length"]
+    config = training(job["size"], batch, ratio=1, batch=batch, length=length)
+    config = dataclasses.replace(config, shards=job["shards"])
     mesh.use_cores(config)
     assert compute_dtype(config.agent.dtype) == "float32", "peers are compared in float32"
     layout, part = mesh.layout(config), mesh.part(config)
     shards = mesh.shards_of(layout)
     agent = make_agent(config.agent, *spaces(job["obs"]), shards)
-    whole = work(config.agent, job["obs"], part.replay.batch_size, job["length"], False)
-    inputs = whole.carry, whole.steps
+    one = work(config.agent, job["obs"], part.replay.batch_size, length, shapes=False)
+    inputs, own = (one.carry, one.steps), P(mesh.SHARDS)
     if layout.shards > 1:
         inputs = jax.tree.map(lambda x: jnp.stack([x] * layout.shards), inputs)
-    own = P(mesh.SHARDS)
-    state, key = mesh.put((whole.state, whole.key), layout, P())
+    state, key = mesh.put((one.state, one.key), layout, P())
     carry, steps = mesh.put(inputs, layout, own)
 
     def of_shard(state: Any, carry: Any, steps: Any, key: Any) -> Any:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lines import emit, machine
+from jaxwm.envs.host import cores
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("peer_worker.py")
@@ -185,7 +186,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--envs", type=int, default=16, help="environments of the loop")
     parser.add_argument("--ratio", type=float, default=32, help="train ratio of the loop")
-    parser.add_argument("--shards", type=int, default=1, help="of this package's loop")
+    parser.add_argument("--shards", type=int, help="of this package; by default one for each core")
     parser.add_argument("--steps", type=int, default=128, help="environment steps of a turn")
     parser.add_argument("--repeats", type=int, default=10, help="turns of each")
     parser.add_argument("--warmup", type=int, default=2, help="turns before, not counted")
@@ -193,6 +194,9 @@ def main() -> None:
     parser.add_argument("--venvs", type=Path, default=ROOT / ".cache" / "peers")
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
+    shards = range(1, cores() + 1)
+    divide = [x for x in shards if args.batch % x == 0 and args.envs % x == 0]
+    args.shards = args.shards or max(divide)
     pythons: dict[str, Path | str] = {"jaxwm": sys.executable}
     absent: dict[str, dict[str, Any]] = {}
     for peer in [*args.peers, *(["reference"] if args.reference else [])]:
@@ -226,8 +230,8 @@ def main() -> None:
             found = summary(compare(names, start, args.repeats)) | absent
         for name, result in found.items():
             result["versions"] = about.get(name, {})
-        kept = ("work", "size", "obs", "batch", "length")
-        kept += ("envs", "ratio", "steps", "shards") if work == "loop" else ()
+        kept = ("work", "size", "obs", "batch", "length", "shards")
+        kept += ("envs", "ratio", "steps") if work == "loop" else ()
         line = {name: job[name] for name in kept} | {"dtype": "float32", "peers": found}
         emit(line | machine(), args.out)
 

@@ -100,7 +100,7 @@ class Noise(NamedTuple):
     """Every random draw of one update."""
 
     posterior: Array  # (T, B, ...)
-    prior: Array  # (H, T * B, ...)
+    prior: Array  # (H, T * B, ...), or the keys of the steps (H,)
     action: Any  # (H, T * B, ...)
 
 

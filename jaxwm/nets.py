@@ -50,6 +50,13 @@ class RMSNorm(nn.Module):
         return (wide * inverse * _over(scale, wide, self.axis)).astype(x.dtype)
 
 
+class Sink(NamedTuple):
+    """What the gradient of a kernel is made of, of every step of a loop."""
+
+    x: Float[Array, "steps *blocks inputs N"]
+    grad: Float[Array, "steps *blocks outputs N"]
+
+
 class Kernel(NamedTuple):
     """A kernel and its transpose, both in memory, for products with features first.
 
@@ -57,8 +64,9 @@ class Kernel(NamedTuple):
     would need: on a CPU that takes most of the time of a product with few columns.
     """
 
-    plain: Float[Array, "*blocks inputs outputs"]  # float32: the steps' gradients add up in it
+    plain: Float[Array, "*blocks inputs outputs"]  # float32: gradients add up in it
     turned: Float[Array, "*blocks outputs inputs"]  # compute type
+    sink: Sink | None = None  # of one step; its cotangent takes the kernel's place
 
 
 def kernel_of(plain: Float[Array, "*blocks inputs outputs"], dtype: str) -> Kernel:
@@ -82,13 +90,54 @@ def _columns_forward(kernel, x):
 
 def _columns_backward(saved, grad):
     kernel, x = saved
+    none: Any = None  # no gradient at all: zeros would be added up in every step
+    grad_x = kernel.plain.astype(grad.dtype) @ grad
+    if kernel.sink is not None:
+        return Kernel(none, none, Sink(x, grad)), grad_x
     wide = kernel.plain.dtype
     grad_kernel = jnp.matmul(x, jnp.swapaxes(grad, -1, -2), preferred_element_type=wide)
-    none: Any = None  # no gradient at all: zeros would be added up in every step
-    return Kernel(grad_kernel, none), kernel.plain.astype(grad.dtype) @ grad
+    return Kernel(grad_kernel, none), grad_x
 
 
 columns.defvjp(_columns_forward, _columns_backward)
+
+
+def sinks(kernels: Any, steps: int, count: int) -> Any:
+    """A sink for each of some kernels, for a loop of so many steps over `count` columns.
+
+    A loop that multiplies with `with_sinks(kernels, sinks)` hands its gradient what the gradients
+    of the kernels are made of, and these are products of all steps at once: otherwise every step
+    would add to them, which for large kernels means to read and write more than it multiplies.
+    """
+    each = lambda kernel: _sink(kernel.plain, kernel.turned.dtype, steps, count)  # noqa: E731
+    return jax.tree.map(each, kernels, is_leaf=_is_kernel)
+
+
+def with_sinks(kernels: Any, sinks: Any) -> Any:
+    """Kernels of one step of a loop, with that step's part of their sinks."""
+    join = lambda kernel, sink: kernel._replace(sink=sink)  # noqa: E731
+    return jax.tree.map(join, kernels, sinks, is_leaf=_is_kernel)
+
+
+def _is_kernel(x: Any) -> bool:
+    return isinstance(x, Kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _sink(plain: Array, dtype: Any, steps: int, count: int) -> Sink:
+    *blocks, inputs, outputs = plain.shape
+    shape = (steps, *blocks)
+    return Sink(
+        jnp.zeros((*shape, inputs, count), dtype), jnp.zeros((*shape, outputs, count), dtype)
+    )
+
+
+def _sink_backward(dtype, steps, count, saved, full):
+    grad = jnp.einsum("t...in,t...on->...io", *full, preferred_element_type=jnp.float32)
+    return (grad,)
+
+
+_sink.defvjp(lambda plain, *sizes: (_sink(plain, *sizes), None), _sink_backward)
 
 
 @jax.custom_vjp

@@ -117,7 +117,8 @@ class WorldModel(NamedTuple):
     """What is learned about the world, as pure functions of explicit parameters.
 
     Every random draw is an argument: `noise` gives the standard Gumbel (or normal) draws for
-    some leading axes, all of them in one operation outside any scan.
+    some leading axes, all of them in one operation outside any scan. In the place of very many it
+    may give a key for each step, which stands for them.
 
     Attributes:
       init: `key -> params`.

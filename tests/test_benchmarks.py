@@ -219,9 +219,10 @@ def test_a_peer_that_pip_refuses_is_told_in_words(tmp_path, monkeypatch):
         peers.environment("odd", tmp_path)
 
 
-def test_this_package_is_measured_in_a_process_of_its_own(tmp_path):
+@pytest.mark.parametrize("shards", [1, 2])
+def test_this_package_is_measured_in_a_process_of_its_own(tmp_path, shards):
     job = {"peer": "jaxwm", "work": "update", "size": "debug", "obs": "vector", "batch": 2}
-    job |= {"length": 6, "warmup": 0}
+    job |= {"length": 6, "warmup": 0, "shards": shards}
     worker = peers.Worker(sys.executable, job, tmp_path / "log", str(ROOT))
     try:
         assert worker.hear()["parameters"] > 1000

@@ -96,6 +96,27 @@ def test_columns_have_the_gradients_of_a_product(rng):
         np.testing.assert_allclose(have_one, want_one, atol=1e-5)
 
 
+def test_sinks_give_the_gradients_that_steps_would_add_up(rng):
+    kernel, start, inputs = normal(rng, 2, 3, 3), normal(rng, 2, 3, 7), normal(rng, 5, 2, 3, 7)
+
+    def total(kernel, start, inputs, apart):
+        laid_out = nets.kernel_of(kernel, "float32")
+
+        def step(x, given):
+            own, sink = given
+            used = nets.with_sinks(laid_out, sink) if apart else laid_out
+            return jnp.tanh(nets.columns(used, x) + own), x
+
+        each = (inputs, nets.sinks(laid_out, 5, 7) if apart else None)
+        last, seen = jax.lax.scan(step, start, each)
+        return jnp.sum(last**2) + jnp.sum(jnp.sin(seen))
+
+    gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2)), static_argnums=3)
+    have, want = (gradients(kernel, start, inputs, apart) for apart in (True, False))
+    for have_one, want_one in zip(*map(jax.tree.leaves, (have, want)), strict=True):
+        np.testing.assert_allclose(have_one, want_one, rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_of_many_steps_add_up_in_full_precision():
     module, one = nets.Linear(1, 1, dtype="bfloat16"), jnp.ones((1, 1))
 

@@ -121,6 +121,29 @@ def test_a_dream_of_what_happened_is_what_happened(model, params, steps, observe
     assert (dreamt.stoch[1:] != latents.stoch[1:4]).any()
 
 
+def test_a_dream_among_many_is_the_same_as_alone(model, params, steps, observed):
+    many, length = 2048, 3
+    start = jax.tree.map(lambda x: jnp.resize(x[0], (many, *x.shape[2:])), observed[0])
+    actions = jax.tree.map(
+        lambda x: jnp.resize(x[1:4, None], (length, many, *x.shape[2:])), steps.action
+    )
+    noise = model.noise(jax.random.key(5), (length, many))
+    if jax.default_backend() == "cpu":
+        # For its cache, rows are added and latents drawn from the keys of steps.
+        assert nets.spare_columns(many) and noise.shape == (length,)
+        shape = (many, CONFIG.latent.stoch, CONFIG.latent.classes)
+        drawn = jax.vmap(lambda key: jax.random.gumbel(key, shape))(jax.random.clone(noise))
+    else:
+        drawn = noise
+    policy = lambda feat, action: (action, None)  # noqa: E731
+    dream = jax.jit(lambda *args: model.imagine(params, args[0], policy, *args[1:])[0])
+    dreamt = dream(start, noise, actions)
+    first = jax.tree.map(lambda x: x[:5], start)
+    alone = dream(first, drawn[:, :5], jax.tree.map(lambda x: x[:, :5], actions))
+    np.testing.assert_array_equal(dreamt.stoch[:, :5], alone.stoch)
+    np.testing.assert_allclose(dreamt.deter[:, :5], alone.deter, atol=1e-5)
+
+
 def test_episodes_one_after_the_other_equal_separate_ones(model, params, steps, noise, observed):
     latents, logits = observed
     # The second episode alone: its rows first, then rows that cannot reach back.

@@ -45,12 +45,27 @@ def distribution(config: LatentConfig, logits: Float[Array, "*lead S K"]) -> dis
     return dists.OneHot(logits, config.unimix)
 
 
-def gumbel(config: LatentConfig, key: Key, lead: tuple[int, ...]) -> Float[Array, "*lead S K"]:
-    """The standard Gumbel draws that sampling a latent of leading axes `lead` consumes."""
-    one = lambda key: jax.random.gumbel(key, (*lead[1:], config.stoch, config.classes))  # noqa: E731
+def noise(config: LatentConfig, key: Key, lead: tuple[int, ...]) -> Array:
+    """What sampling latents of leading axes `lead` consumes, for `sample` to take step by step.
+
+    Standard Gumbel draws (*lead, S, K); on a CPU, if there are many for each step, the steps' keys
+    (lead[0],): drawn where they are used, they stay in the cache.
+    """
     keys = jax.random.split(key, lead[0])
-    sliced = nets.sliced(math.prod(lead[1:]) * config.stoch * config.classes)
-    return jax.lax.map(one, keys) if sliced else jax.vmap(one)(keys)
+    if nets.sliced(4 * math.prod(lead[1:]) * config.stoch * config.classes):
+        return keys
+    return jax.vmap(lambda key: _gumbel(config, key, lead[1:]))(keys)
+
+
+def sample(config: LatentConfig, logits: Float[Array, "*lead S K"], noise: Array) -> Array:
+    """Latents (*lead, S, K) of one step, one-hot, from that step's `noise`."""
+    if jnp.issubdtype(noise.dtype, jax.dtypes.prng_key):
+        noise = _gumbel(config, noise, logits.shape[:-2])
+    return distribution(config, logits).sample_noise(noise)
+
+
+def _gumbel(config: LatentConfig, key: Key, lead: tuple[int, ...]) -> Float[Array, "*lead S K"]:
+    return jax.random.gumbel(key, (*lead, config.stoch, config.classes))
 
 
 def kl_losses(

@@ -7,8 +7,10 @@
     obs, reward, continue ~ heads(h_t, z_t)
 
 Only what depends on the recurrent carry is inside the scans; the encoder, the action's and the
-tokens' projections, the prior, all heads and all random draws are computed for every step at
-once. Source: PlaNet (arXiv:1811.04551) for the model, DreamerV3 (arXiv:2301.04104) for its form.
+tokens' projections, the prior, all heads, all random draws (but those of a CPU's dreams) and the
+gradients of the kernels are computed for every step at once.
+
+Source: PlaNet (arXiv:1811.04551) for the model, DreamerV3 (arXiv:2301.04104) for its form.
 """
 
 import dataclasses
@@ -203,10 +205,10 @@ def world_model(
         return Latent(deter, stoch.reshape(*feat.shape[:-1], latent.stoch, latent.classes))
 
     def noise(key: Key, lead: tuple[int, ...]) -> Array:
-        return lt.gumbel(latent, key, lead)
+        return lt.noise(latent, key, lead)
 
-    def sample(logits: Array, gumbel: Array) -> Array:
-        return lt.distribution(latent, logits).sample_noise(gumbel).astype(dtype)
+    def sample(logits: Array, noise: Array) -> Array:
+        return lt.sample(latent, logits, noise).astype(dtype)
 
     def embed_action(params: Params, action: Mapping[str, Array], is_first: Any = None) -> Array:
         vector = concat_entries(action_space, action)
@@ -224,18 +226,19 @@ def world_model(
             ~steps.is_first,
             noise,
         )
-        kernels = core_kernels(params["core"])
-        to_posterior = posterior_kernels(params["posterior"])
+        kernels = core_kernels(params["core"]), posterior_kernels(params["posterior"])
 
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Latent, Array]]:
-            action, token, keep, gumbel = inputs
+            (action, token, keep, draws), sinks = inputs
+            to_core, to_posterior = nets.with_sinks(kernels, sinks)
             deter = jnp.where(keep[None], carry.deter, 0)
             stoch = jnp.where(keep[:, None], _flat(carry.stoch), 0)
-            deter = core_step(params["core"], kernels, deter, stoch, action)
+            deter = core_step(params["core"], to_core, deter, stoch, action)
             logits = posterior_logits(params["posterior"], to_posterior, deter, token)
-            carry = Latent(deter, sample(logits, gumbel))
+            carry = Latent(deter, sample(logits, draws))
             return carry, (carry, logits)
 
+        inputs = inputs, nets.sinks(kernels, *lead)
         _, (latents, logits) = jax.lax.scan(nets.keep_products(step), _swap(carry), inputs)
         return _swap(latents), logits
 
@@ -250,13 +253,15 @@ def world_model(
             return jnp.pad(x, ((0, spare), *((0, 0),) * (x.ndim - 1)))
 
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Array, Any, Any]]:
-            gumbel, policy_draw = inputs
+            draws, policy_draw = inputs
             feat = features(Latent(carry.deter[:, :rows].T, carry.stoch))
             action, kept = policy(feat, policy_draw)
             moved = embed_action(params, jax.tree.map(widen, as_dict(action)))
-            deter = core_step(params["core"], kernels, carry.deter, widen(_flat(carry.stoch)), moved)
+            deter = core_step(
+                params["core"], kernels, carry.deter, widen(_flat(carry.stoch)), moved
+            )
             logits = prior_logits(params["prior"], deter, True)[:rows]
-            return Latent(deter, sample(logits, gumbel)), (feat, action, kept)
+            return Latent(deter, sample(logits, draws)), (feat, action, kept)
 
         begin = Latent(widen(start.deter).T, start.stoch)
         last, (feats, actions, kept) = jax.lax.scan(step, begin, (noise, policy_noise))
