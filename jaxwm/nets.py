@@ -527,6 +527,16 @@ def by_slices(function: Callable[..., Any], *arrays: Any) -> Any:
     return jax.lax.map(keep_products(lambda slices: function(*slices)), arrays)
 
 
+def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which `jax.vmap` on a CPU has compute one member after the other.
+
+    What a member computes in between then stays in the cache. No collectives within.
+    """
+    if jax.default_backend() != "cpu":
+        return function
+    return jax.custom_batching.sequential_vmap(function)
+
+
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function(params, *arrays)` for many rows, of which a gradient keeps nothing.
 

@@ -15,6 +15,7 @@ An update whose loss or gradient is not finite is refused: whatever a run has le
 all times. `Health` keeps the account.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import compiler, envs, mesh, sweep
+from jaxwm import compiler, envs, mesh, nets, sweep
 from jaxwm.agent import Agent, AgentState, make_agent
 from jaxwm.config import require
 from jaxwm.envs import check, wrappers
@@ -236,8 +237,17 @@ def agents(
     spaces = env.obs_space, env.action_space
     plain = make_agent(config.agent, *spaces, shards)
 
-    def agent_of(values: dict[str, Any]) -> Agent:
+    def made(values: dict[str, Any]) -> Agent:
         return make_agent(sweep.put(config, values).agent, *spaces, shards) if values else plain
+
+    # Whole updates: members meet nowhere within, and each has the cache for itself.
+    update = nets.one_by_one(lambda values, *given: made(values).update(*given))
+
+    def agent_of(values: dict[str, Any]) -> Agent:
+        agent = made(values)
+        if config.members == 1 or shards is not ALONE:
+            return agent
+        return agent._replace(update=functools.partial(update, values))
 
     return agent_of
 
