@@ -530,7 +530,8 @@ def by_slices(function: Callable[..., Any], *arrays: Any) -> Any:
 def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which `jax.vmap` on a CPU has compute one member after the other.
 
-    What a member computes in between then stays in the cache. No collectives within.
+    What a member computes in between then stays in the cache. The function may hold no traced
+    values and no collectives: it takes all that differs between members as arguments.
     """
     if jax.default_backend() != "cpu":
         return function

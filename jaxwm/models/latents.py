@@ -52,6 +52,7 @@ def noise(config: LatentConfig, key: Key, lead: tuple[int, ...]) -> Array:
     (lead[0],): drawn where they are used, they stay in the cache.
     """
     keys = jax.random.split(key, lead[0])
+    # A draw passes through memory several times, and so is worth slicing at a quarter of the size.
     if nets.sliced(4 * math.prod(lead[1:]) * config.stoch * config.classes):
         return keys
     return jax.vmap(lambda key: _gumbel(config, key, lead[1:]))(keys)
