@@ -86,16 +86,37 @@ class OneHot(_Distribution):
     event_ndims = 2
 
     def __init__(self, logits: Float[Array, "*batch S K"], unimix: Scalar = 0.0):
+        self.logits, self.unimix = logits.astype(jnp.float32), unimix
         self.logprobs, self.probs = _log_mixture(logits, unimix)
 
     @property
     def _shape(self) -> tuple[int, ...]:
         return self.logprobs.shape
 
+    def sample_uniform(self, uniform: Float[Array, "*batch S"]) -> Float[Array, "*batch S K"]:
+        """One-hot of the class into whose share of [0, 1) a draw falls, shares in classes' order.
+
+        It takes a draw for each choice, `sample_noise` one for each of its classes. The gradient is
+        that of the probabilities.
+        """
+        classes = self._shape[-1]
+        odds = jnp.exp(self.logits - self.logits.max(-1, keepdims=True))
+        # Running sums as a product, which is fast everywhere, and the mixture of them unnormalised.
+        sums = jnp.einsum(
+            "...k,kj->...j", odds, jnp.triu(jnp.ones((classes, classes))), precision="highest"
+        )
+        total = sums[..., -1:]
+        floor = prepend_axes(jnp.arange(1, classes + 1) / classes, sums.ndim)
+        edges = (1 - self.unimix) * sums + self.unimix * total * floor
+        index = jnp.sum(uniform[..., None] * total >= edges[..., :-1], -1)
+        return self._straight_through(index)
+
     def sample_noise(self, gumbel: Float[Array, "*batch S K"]) -> Float[Array, "*batch S K"]:
         """One-hot of `argmax(logprobs + gumbel)`, with the gradient of the probabilities."""
         logprobs = prepend_axes(self.logprobs, gumbel.ndim)
-        index = jnp.argmax(logprobs + gumbel.astype(jnp.float32), axis=-1)
+        return self._straight_through(jnp.argmax(logprobs + gumbel.astype(jnp.float32), axis=-1))
+
+    def _straight_through(self, index: Int[Array, "*batch S"]) -> Float[Array, "*batch S K"]:
         hard = jax.nn.one_hot(index, self._shape[-1])
         # The bracket is exactly zero, so the sample is exactly one-hot.
         return hard + prepend_axes(self.probs - jax.lax.stop_gradient(self.probs), hard.ndim)

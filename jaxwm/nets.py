@@ -219,7 +219,7 @@ class Linear(nn.Module):
 
     def columns(self, x: Float[Array, "inputs N"]) -> Float[Array, "N outputs"]:
         """`x.T @ kernel`, without the bias."""
-        product = jnp.einsum("io,in->on", self.kernel.astype(self.dtype), x.astype(self.dtype))
+        product = columns(self.laid_out(self.inputs), x.astype(self.dtype))
         # The barrier keeps the compiler from transposing the larger x instead.
         return jax.lax.optimization_barrier(product).T
 

@@ -116,9 +116,8 @@ class Latent(NamedTuple):
 class WorldModel(NamedTuple):
     """What is learned about the world, as pure functions of explicit parameters.
 
-    Every random draw is an argument: `noise` gives the standard Gumbel (or normal) draws for
-    some leading axes, all of them in one operation outside any scan. In the place of very many it
-    may give a key for each step, which stands for them.
+    Every random draw is an argument: `noise` gives what is drawn for some leading axes, all of it
+    in one operation outside any scan.
 
     Attributes:
       init: `key -> params`.

@@ -114,7 +114,7 @@ def test_an_update_returns_the_latents_of_its_rows(agent, start, steps, updated)
     noise = agent.noise(jax.random.fold_in(jax.random.key(2), 0), T, B)
     again, _ = agent.model.observe(start.params["model"], agent.initial(B), steps, noise.posterior)
     chex.assert_trees_all_close(latents, again, atol=1e-5, rtol=0)
-    assert noise.prior.shape == (5, T * B, 4, 4) and noise.action["action"].shape == (5, T * B, 2)
+    assert noise.prior.shape == (5, T * B, 4) and noise.action["action"].shape == (5, T * B, 2)
 
 
 def test_acting_is_determined_by_its_key(agent, start, steps):

@@ -74,14 +74,43 @@ def test_one_hot_equals_distrax():
     np.testing.assert_allclose(ours.kl_divergence(ours), 0, atol=1e-6)
 
 
-def test_one_hot_samples_with_the_gradient_of_the_probabilities():
-    gumbel = jax.random.gumbel(jax.random.key(0), LOGITS.shape)
-    sample = dists.OneHot(LOGITS, 0.01).sample_noise(gumbel)
+def test_one_hot_by_uniform_draws():
+    # Shares 0.1, 0.6, 0.3 of [0, 1); with half of the uniform one mixed in 13/60, 28/60, 19/60.
+    logits = jnp.log(jnp.asarray([[0.1, 0.6, 0.3]])) + 7
+    for mix, edges in ((0.0, (0.1, 0.7)), (0.5, (13 / 60, 41 / 60))):
+        for draw, index in (
+            (0.0, 0),
+            (edges[0] - 1e-4, 0),
+            (edges[0] + 1e-4, 1),
+            (edges[1] - 1e-4, 1),
+            (edges[1] + 1e-4, 2),
+            (1 - 2**-24, 2),
+        ):
+            sample = dists.OneHot(logits, mix).sample_uniform(jnp.asarray([draw]))
+            np.testing.assert_array_equal(sample, np.eye(3)[[index]])
+    # As often as the probabilities say, a class without any never.
+    logits = jnp.asarray([[0.0, 1.0, -jnp.inf, 2.0], [3.0, 0.0, 0.0, -200.0]])
+    count = 20_000
+    uniform = jax.random.uniform(jax.random.key(0), (count, 2))
+    dist = dists.OneHot(jnp.broadcast_to(logits, (count, 2, 4)))
+    drawn = dist.sample_uniform(uniform).mean(0)
+    np.testing.assert_allclose(drawn, dist.probs[0], atol=5 * 0.5 / np.sqrt(count))
+    assert drawn[0, 2] == 0
+
+
+@pytest.mark.parametrize("method", ["sample_noise", "sample_uniform"])
+def test_one_hot_samples_with_the_gradient_of_the_probabilities(method):
+    draws = {
+        "sample_noise": jax.random.gumbel(jax.random.key(0), LOGITS.shape),
+        "sample_uniform": jax.random.uniform(jax.random.key(0), LOGITS.shape[:-1]),
+    }[method]
+    draw = lambda dist: getattr(dist, method)(draws)  # noqa: E731
+    sample = draw(dists.OneHot(LOGITS, 0.01))
     assert set(np.unique(sample)) == {0.0, 1.0}
     np.testing.assert_array_equal(sample.sum(-1), 1)
     by_sample, by_probs = (
         jax.grad(lambda logits, f=f: jnp.sum(OTHER * f(dists.OneHot(logits, 0.01))))(LOGITS)
-        for f in (lambda d: d.sample_noise(gumbel), lambda d: d.probs)
+        for f in (draw, lambda d: d.probs)
     )
     np.testing.assert_allclose(by_sample, by_probs, rtol=1e-6, atol=1e-8)
 

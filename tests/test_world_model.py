@@ -116,7 +116,7 @@ def test_a_dream_of_what_happened_is_what_happened(model, params, steps, observe
     free = model.noise(jax.random.key(4), (3, B))
     dreamt, _, _ = dream(start, actions, free)
     logits = nets.call(Prior(CONFIG))(params["prior"], dreamt.deter[1:])
-    drawn = distribution(CONFIG.latent, logits).sample_noise(free)
+    drawn = distribution(CONFIG.latent, logits).sample_uniform(free)
     np.testing.assert_array_equal(dreamt.stoch[1:], drawn)
     assert (dreamt.stoch[1:] != latents.stoch[1:4]).any()
 
@@ -129,17 +129,12 @@ def test_a_dream_among_many_is_the_same_as_alone(model, params, steps, observed)
     )
     noise = model.noise(jax.random.key(5), (length, many))
     if jax.default_backend() == "cpu":
-        # For its cache, rows are added and latents drawn from the keys of steps.
-        assert nets.spare_columns(many) and noise.shape == (length,)
-        shape = (many, CONFIG.latent.stoch, CONFIG.latent.classes)
-        drawn = jax.vmap(lambda key: jax.random.gumbel(key, shape))(jax.random.clone(noise))
-    else:
-        drawn = noise
+        assert nets.spare_columns(many)
     policy = lambda feat, action: (action, None)  # noqa: E731
     dream = jax.jit(lambda *args: model.imagine(params, args[0], policy, *args[1:])[0])
     dreamt = dream(start, noise, actions)
     first = jax.tree.map(lambda x: x[:5], start)
-    alone = dream(first, drawn[:, :5], jax.tree.map(lambda x: x[:, :5], actions))
+    alone = dream(first, noise[:, :5], jax.tree.map(lambda x: x[:, :5], actions))
     np.testing.assert_array_equal(dreamt.stoch[:, :5], alone.stoch)
     np.testing.assert_allclose(dreamt.deter[:, :5], alone.deter, atol=1e-5)
 

@@ -48,7 +48,7 @@ class Kernels(NamedTuple):
 
     in_deter: nets.Kernel  # (D, hidden)
     own: nets.Kernel  # (blocks, D / blocks, D / blocks): a block's own slice of h
-    shared: nets.Kernel  # (2 * hidden, D): what all blocks read
+    shared: nets.Kernel  # (inputs * hidden, D): what all blocks read
     gates: nets.Kernel  # (blocks, D / blocks, 3 * D / blocks)
 
 
@@ -77,25 +77,21 @@ class BlockGRU(nn.Module):
         self, deter: Float[Array, "N D"], stoch: Float[Array, "N SK"], action: Float[Array, "N A"]
     ) -> Float[Array, "N D"]:
         """One step with the batch first."""
-        return self.step(self.kernels(), deter.T, stoch, self.action_input(action)).T
+        return self.dream(self.kernels(3), deter.T, stoch, action).T
 
-    def kernels(self) -> Kernels:
-        """What `step` multiplies with, laid out once for all steps."""
+    def kernels(self, inputs: int) -> Kernels:
+        """What `step` (of 2 inputs) or `dream` (of 3) multiplies with, laid out for all steps."""
         size, hidden = self.config.deter // self.config.blocks, self.config.hidden
         return Kernels(
             self.in_deter.laid_out(self.config.deter),
             self.hidden.laid_out(size),
-            nets.kernel_of(self.hidden.shared(size, 2 * hidden), self.dtype),
+            nets.kernel_of(self.hidden.shared(size, inputs * hidden), self.dtype),
             self.gates.laid_out(size),
         )
 
     def action_input(self, action: Float[Array, "*lead N A"]) -> Float[Array, "*lead D N"]:
-        """What an action adds to the hidden layer, its bias included.
-
-        Actions are clipped softly to [-1, 1], without a gradient through the divisor.
-        """
-        action = action / jax.lax.stop_gradient(jnp.maximum(1.0, jnp.abs(action)))
-        x2 = nets.silu(self.in_action_norm(self.in_action(action)))
+        """What an action adds to the hidden layer, its bias included."""
+        x2 = self._embed_action(action)
         hidden = self.config.hidden
         start = self.config.deter // self.config.blocks + 2 * hidden
         kernel = self.hidden.shared(start, hidden).astype(self.dtype)
@@ -109,14 +105,42 @@ class BlockGRU(nn.Module):
         action_input: Float[Array, "D N"],
     ) -> Float[Array, "D N"]:
         """One step of the recurrence, from the precomputed `action_input`."""
+        return self._advance(kernels, deter, [self._embed_stoch(stoch)], action_input)
+
+    def dream(
+        self,
+        kernels: Kernels,
+        deter: Float[Array, "D N"],
+        stoch: Float[Array, "N SK"],
+        action: Float[Array, "N A"],
+    ) -> Float[Array, "D N"]:
+        """One step of the recurrence, from an action that only this step has."""
+        read = [self._embed_stoch(stoch), self._embed_action(action)]
+        return self._advance(kernels, deter, read, self.hidden.bias[:, None].astype(self.dtype))
+
+    def _embed_stoch(self, stoch: Float[Array, "N SK"]) -> Float[Array, "N hidden"]:
+        return nets.silu(self.in_stoch_norm(self.in_stoch(stoch)))
+
+    def _embed_action(self, action: Float[Array, "*lead N A"]) -> Float[Array, "*lead N hidden"]:
+        # Clipped softly to [-1, 1], without a gradient through the divisor.
+        action = action / jax.lax.stop_gradient(jnp.maximum(1.0, jnp.abs(action)))
+        return nets.silu(self.in_action_norm(self.in_action(action)))
+
+    def _advance(
+        self,
+        kernels: Kernels,
+        deter: Float[Array, "D N"],
+        read: list[Float[Array, "N hidden"]],
+        added: Float[Array, "D M"],
+    ) -> Float[Array, "D N"]:
+        """The next state: all blocks `read` some projections; what others give is `added`."""
         blocks, slice_size = self.config.blocks, self.config.deter // self.config.blocks
         cut = (blocks, slice_size, deter.shape[-1])
         x0 = self.in_deter.add_bias(nets.columns(kernels.in_deter, deter), axis=0)
         x0 = nets.silu(self.in_deter_norm(x0))
-        x1 = nets.silu(self.in_stoch_norm(self.in_stoch(stoch)))
         own = nets.columns(kernels.own, deter.reshape(cut)).reshape(deter.shape)
-        shared = nets.columns(kernels.shared, jnp.concatenate([x0, x1.T]))
-        x = nets.silu(self.hidden_norm(own + shared + action_input))
+        shared = nets.columns(kernels.shared, jnp.concatenate([x0, *(x.T for x in read)]))
+        x = nets.silu(self.hidden_norm(own + shared + added))
         gates = nets.columns(kernels.gates, x.reshape(cut)).reshape(-1, deter.shape[-1])
         gates = self.gates.add_bias(gates, axis=0).reshape(blocks, 3, slice_size, -1)
         reset, candidate, update = (gates[:, i].reshape(deter.shape) for i in range(3))

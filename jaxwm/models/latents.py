@@ -5,12 +5,11 @@ Source: DreamerV2 (arXiv:2010.02193) for the latent and the balanced KL, Dreamer
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
-from jaxwm import dists, nets
+from jaxwm import dists
 from jaxwm.config import at_least, share
 from jaxwm.types import Array, Float, Key
 
@@ -45,28 +44,21 @@ def distribution(config: LatentConfig, logits: Float[Array, "*lead S K"]) -> dis
     return dists.OneHot(logits, config.unimix)
 
 
-def noise(config: LatentConfig, key: Key, lead: tuple[int, ...]) -> Array:
-    """What sampling latents of leading axes `lead` consumes, for `sample` to take step by step.
-
-    Standard Gumbel draws (*lead, S, K); on a CPU, if there are many for each step, the steps' keys
-    (lead[0],): drawn where they are used, they stay in the cache.
-    """
-    keys = jax.random.split(key, lead[0])
-    # A draw passes through memory several times, and so is worth slicing at a quarter of the size.
-    if nets.sliced(4 * math.prod(lead[1:]) * config.stoch * config.classes):
-        return keys
-    return jax.vmap(lambda key: _gumbel(config, key, lead[1:]))(keys)
+def noise(config: LatentConfig, key: Key, lead: tuple[int, ...]) -> Float[Array, "*lead S"]:
+    """Draws from [0, 1) for latents of leading axes `lead`, one for each group."""
+    return jax.random.uniform(key, (*lead, config.stoch))
 
 
-def sample(config: LatentConfig, logits: Float[Array, "*lead S K"], noise: Array) -> Array:
-    """Latents (*lead, S, K) of one step, one-hot, from that step's `noise`."""
-    if jnp.issubdtype(noise.dtype, jax.dtypes.prng_key):
-        noise = _gumbel(config, noise, logits.shape[:-2])
-    return distribution(config, logits).sample_noise(noise)
-
-
-def _gumbel(config: LatentConfig, key: Key, lead: tuple[int, ...]) -> Float[Array, "*lead S K"]:
-    return jax.random.gumbel(key, (*lead, config.stoch, config.classes))
+def sample(
+    config: LatentConfig,
+    logits: Float[Array, "*lead S K"],
+    noise: Float[Array, "*lead S"] | Float[Array, "*lead S K"],
+) -> Float[Array, "*lead S K"]:
+    """Latents, one-hot, from `noise`, or from standard Gumbel draws, as the reference records."""
+    groups = distribution(config, logits)
+    if noise.ndim < logits.ndim:
+        return groups.sample_uniform(noise)
+    return groups.sample_noise(noise)
 
 
 def kl_losses(

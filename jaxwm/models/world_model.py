@@ -14,7 +14,7 @@ Source: PlaNet (arXiv:1811.04551) for the model, DreamerV3 (arXiv:2301.04104) fo
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -171,7 +171,8 @@ def world_model(
     encode, decode = nets.call(encoder), nets.call(decoder)
     if config.recompute:
         encode, decode = nets.recomputed(encode), nets.recomputed(decode)
-    action_input, core_step = nets.call(core, "action_input"), nets.call(core, "step")
+    action_input = nets.call(core, "action_input")
+    core_step, core_dream = nets.call(core, "step"), nets.call(core, "dream")
     core_kernels, posterior_kernels = nets.call(core, "kernels"), nets.call(posterior, "kernels")
     token_input = nets.call(posterior, "token_input")
     posterior_logits = nets.call(posterior, "step")
@@ -210,23 +211,18 @@ def world_model(
     def sample(logits: Array, noise: Array) -> Array:
         return lt.sample(latent, logits, noise).astype(dtype)
 
-    def embed_action(params: Params, action: Mapping[str, Array], is_first: Any = None) -> Array:
-        vector = concat_entries(action_space, action)
-        if is_first is not None:
-            vector = jnp.where(is_first[..., None], 0.0, vector)
-        return action_input(params["core"], vector)
-
     def observe(params: Params, carry: Latent, steps: Step, noise: Array) -> tuple[Latent, Array]:
         lead = steps.is_first.shape
         flat_obs = {k: steps.obs[k].reshape(-1, *s.shape) for k, s in obs_space.items()}
         tokens = encode(params["encoder"], flat_obs)
+        action = concat_entries(action_space, as_dict(steps.action))
         inputs = (
-            embed_action(params, as_dict(steps.action), steps.is_first),
+            action_input(params["core"], jnp.where(steps.is_first[..., None], 0.0, action)),
             token_input(params["posterior"], tokens.reshape(*lead, -1)),
             ~steps.is_first,
             noise,
         )
-        kernels = core_kernels(params["core"]), posterior_kernels(params["posterior"])
+        kernels = core_kernels(params["core"], 2), posterior_kernels(params["posterior"])
 
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Latent, Array]]:
             (action, token, keep, draws), sinks = inputs
@@ -245,7 +241,7 @@ def world_model(
     def imagine(
         params: Params, start: Latent, policy: Callable, noise: Array, policy_noise: Any
     ) -> tuple[Latent, Any, Any]:
-        kernels = core_kernels(params["core"])
+        kernels = core_kernels(params["core"], 3)
         rows = start.deter.shape[0]
         spare = nets.spare_columns(rows)
 
@@ -256,10 +252,8 @@ def world_model(
             draws, policy_draw = inputs
             feat = features(Latent(carry.deter[:, :rows].T, carry.stoch))
             action, kept = policy(feat, policy_draw)
-            moved = embed_action(params, jax.tree.map(widen, as_dict(action)))
-            deter = core_step(
-                params["core"], kernels, carry.deter, widen(_flat(carry.stoch)), moved
-            )
+            read = _flat(carry.stoch), concat_entries(action_space, as_dict(action))
+            deter = core_dream(params["core"], kernels, carry.deter, *map(widen, read))
             logits = prior_logits(params["prior"], deter, True)[:rows]
             return Latent(deter, sample(logits, draws)), (feat, action, kept)
 
