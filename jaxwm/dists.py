@@ -1,8 +1,9 @@
 """Distributions of latents, actions and predictions, on top of distrax.
 
 All arithmetic is float32 whatever the dtype of the inputs. Random draws are arguments:
-`sample_noise` turns standard Gumbel or normal noise into a sample, so that noise for a
-whole sequence is drawn in one operation outside any scan; `sample(seed=...)` draws it.
+`sample_noise` turns standard Gumbel or normal noise into a sample, `sample_uniform` a uniform
+draw, so that noise for a whole sequence is drawn in one operation outside any scan;
+`sample(seed=...)` draws it.
 Events cover the last axes: `log_prob` and `entropy` are summed over them.
 """
 
@@ -108,6 +109,7 @@ class OneHot(_Distribution):
         total = sums[..., -1:]
         floor = prepend_axes(jnp.arange(1, classes + 1) / classes, sums.ndim)
         edges = (1 - self.unimix) * sums + self.unimix * total * floor
+        # The last class takes what rounding leaves.
         index = jnp.sum(uniform[..., None] * total >= edges[..., :-1], -1)
         return self._straight_through(index)
 
