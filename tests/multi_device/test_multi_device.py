@@ -15,8 +15,7 @@ COUNTS = ("1", "2", "4", "8")
 
 def start(devices: int, *words: str) -> subprocess.Popen:
     """The driver on so many fake devices."""
-    flags = "--xla_backend_optimization_level=0"
-    flags += f" --xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     root = str(DRIVER.parents[2])
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": root}
     command = [sys.executable, str(DRIVER), *words]
