@@ -151,6 +151,7 @@ def test_no_gradient_passes_the_start_of_an_episode(agent, start, steps):
     assert not jax.jit(jax.grad(loss))(jnp.ones((B, 16))).any()
 
 
+@pytest.mark.no_cover
 def test_what_is_computed_again_gives_the_same_gradient_with_less_memory():
     env = envs.make("toy/Pixels")
     found = []

@@ -21,6 +21,8 @@ from jaxwm import nets
 from jaxwm.recipes import dreamer_v3
 from jaxwm.types import JaxwmError
 
+pytestmark = pytest.mark.no_cover
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

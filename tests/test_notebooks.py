@@ -19,6 +19,8 @@ from jaxwm import cli, envs
 from jaxwm.agent import make_agent
 from jaxwm.recipes import dreamer_v3
 
+pytestmark = pytest.mark.no_cover
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DOCUMENTS = [

@@ -17,6 +17,8 @@ import pytest
 from jaxwm.replay import close_abandoned
 from jaxwm.types import Step
 
+pytestmark = pytest.mark.no_cover
+
 TOLERANCE = 1e-4
 GROUPS = (
     "out/enc",

@@ -301,6 +301,7 @@ def test_a_run_that_diverges_goes_back_and_gives_up_after_some_times(
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found.agent.params))
 
 
+@pytest.mark.no_cover
 def test_a_sweep_leaves_curves_and_returns_of_each_setting(tiny, tmp_path, capsys):
     """One of the settings diverges: it is told, and the others go on."""
     folder = tmp_path / "run"

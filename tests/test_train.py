@@ -50,6 +50,7 @@ def run(chunk, state, times, *how):
     return state, metrics
 
 
+@pytest.mark.no_cover
 def test_four_seeds_in_one_program_follow_four_single_runs(config, single, quad):
     with jax.debug_key_reuse(False):
         together, metrics = run(quad[1], quad[0].init(), 4)
