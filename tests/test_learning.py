@@ -60,8 +60,8 @@ def config(name: str, updates: int) -> RunConfig:
         behavior = dataclasses.replace(behavior, imagine=3, entropy=1e-2)
         weights, rate = LossWeights(rec=20.0, reward=20.0), 4e-3
     if name == "Pixels":
-        # A ball at the far edge is caught by chance until the policy is sure of something else: with
-        # four times the updates for a step some seeds never saw it caught.
+        # Only chance catches a ball at the far edge, before the policy is sure of other things:
+        # with four times the updates for a step some seeds never saw it caught.
         latent, ratio = LatentConfig(8, 8), 8
         behavior = dataclasses.replace(behavior, imagine=6, entropy=2e-2)
         weights, rate = LossWeights(rec=2000.0, reward=20.0), 3e-3
