@@ -110,6 +110,15 @@ def reuse_unchecked():
     jax.config.update("jax_debug_key_reuse", True)
 
 
+def test_seeds_side_by_side(config, reuse_unchecked):
+    state, metrics = played(dataclasses.replace(config, seeds=2), scripted.chain(), 4)
+    assert state.row.reward.shape == (2, 4) and metrics["loss/total"].shape == (2,)
+    assert int(state.clock.updates) > 10
+    one, two = (jax.tree.map(lambda x, i=i: x[i], state.agent.params) for i in range(2))
+    assert not equal(one, two)
+    assert np.isfinite(metrics["loss/total"]).all() and (metrics["episode/count"] > 0).all()
+
+
 def test_compiled_once_before_the_run(config):
     program = train.build(config, ITERATIONS, scripted.chain())
     chunk, state = program.compile(), program.init()
@@ -246,16 +255,10 @@ def test_a_replay_in_host_memory_is_the_same_run(config, tmp_path, caplog):
 
 
 @pytest.mark.no_cover
-def test_seeds_side_by_side_with_a_replay_in_either_memory(config, reuse_unchecked, tmp_path):
+def test_a_replay_in_host_memory_for_seeds_side_by_side(config, reuse_unchecked, tmp_path):
     config = dataclasses.replace(config, seeds=2)
     device, host = (placed(config, place, context_every=3) for place in ("device", "host"))
-    _, states, metrics = played_and_resumed(device, tmp_path / "device")
-    state, told = states[1], metrics[1]
-    assert state.row.reward.shape == (2, 4) and told["loss/total"].shape == (2,)
-    one, two = (jax.tree.map(lambda x, i=i: x[i], state.agent.params) for i in range(2))
-    assert not equal(one, two)
-    assert np.isfinite(told["loss/total"]).all() and (told["episode/count"] > 0).all()
-
+    _, states, _ = played_and_resumed(device, tmp_path / "device")
     _, found, _ = played_and_resumed(host, tmp_path / "host")
     assert int(found[1].clock.updates) > 10 and found[1].buffer.deter.shape == (2, 4, 33, 16)
     assert equal([learned(x) for x in found], [learned(x) for x in states])
