@@ -1,5 +1,6 @@
 """Layers against numpy loops and numbers worked by hand."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -305,6 +306,34 @@ def test_the_recurrent_core_in_numpy(rng):
     update = sigmoid(update - 1)
     want = update * np.tanh(sigmoid(reset) * candidate) + (1 - update) * h
     np.testing.assert_allclose(apply(core, params, h, z, a), want, atol=1e-4)
+
+
+def test_a_table_of_choices_is_the_path_of_each(rng):
+    """Also of no action, and in the gradients of both ways into the core."""
+    config = BlockGRUConfig(deter=6, hidden=4, blocks=2)
+    plain, tabled = (BlockGRU(config, 5, 3, one_hot=flag) for flag in (False, True))
+    actions = jnp.eye(4, 3)  # the last is none
+    h, z = jnp.asarray(normal(rng, 4, 6)), jnp.asarray(normal(rng, 4, 5))
+    params = jax.tree.map(jnp.asarray, fill(plain, rng, h, z, actions))
+
+    def both_ways(core, params):
+        dreamt = nets.call(core)(params, h, z, actions)
+        added = nets.call(core, "action_input")(params, actions)
+        kernels = nets.call(core, "kernels")(params)
+        bias = nets.call(core, "gates_bias")(params, 4)
+        return dreamt, nets.call(core, "step")(params, kernels, h.T, z, added, bias).T
+
+    want, got = both_ways(plain, params), both_ways(tabled, params)
+    assert np.abs(want[0][:3] - want[0][3:]).max() > 0.01
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(got[0], got[1], rtol=1e-4, atol=1e-5)
+
+    def total(params, core, way):
+        return jnp.sum(jnp.sin(both_ways(core, params)[way]))
+
+    for way in range(2):
+        want, got = (jax.grad(total)(params, core, way) for core in (plain, tabled))
+        chex.assert_trees_all_close(got, want, rtol=1e-3, atol=1e-5)
 
 
 def test_actions_beyond_one_are_clipped_without_a_gradient():

@@ -8,6 +8,9 @@ What does not depend on the recurrent carry, the action's whole path, is `action
 computed for all steps at once, and only `step` stays inside the scan. There the deterministic
 state is (D, N), features first and the batch last: cutting it into blocks is then free, every
 gate is one contiguous slab, and no product needs a transposition.
+
+In a dream, where actions come one at a time, the path of an action that is one of few choices has
+as many outcomes: they are a table, which its one-hot multiplies.
 """
 
 import dataclasses
@@ -59,6 +62,7 @@ class BlockGRU(nn.Module):
     stoch_size: int
     action_size: int
     dtype: str = "float32"
+    one_hot: bool = False  # whether actions are one of `action_size` choices, or zeros
 
     def setup(self):
         deter, hidden, blocks = self.config.deter, self.config.hidden, self.config.blocks
@@ -77,24 +81,24 @@ class BlockGRU(nn.Module):
         self, deter: Float[Array, "N D"], stoch: Float[Array, "N SK"], action: Float[Array, "N A"]
     ) -> Float[Array, "N D"]:
         """One step with the batch first."""
-        return self.dream(self.kernels(3), deter.T, stoch, action).T
+        return self.dream(*self.dream_kernels(), deter.T, stoch, action).T
 
-    def kernels(self, inputs: int) -> Kernels:
-        """What `step` (of 2 inputs) or `dream` (of 3) multiplies with, laid out for all steps."""
-        size, hidden = self.config.deter // self.config.blocks, self.config.hidden
-        return Kernels(
-            self.in_deter.laid_out(self.config.deter),
-            self.hidden.laid_out(size),
-            nets.kernel_of(self.hidden.shared(size, inputs * hidden), self.dtype),
-            self.gates.laid_out(size),
-        )
+    def kernels(self) -> Kernels:
+        """What `step` multiplies with, laid out for all steps."""
+        return self._laid_out(self._shared(0, 2))
+
+    def dream_kernels(self) -> tuple[Kernels, Float[Array, "D 1"]]:
+        """What `dream` multiplies with and what it adds, laid out for all steps."""
+        if self.one_hot:
+            table = self.action_input(jnp.eye(self.action_size + 1, self.action_size, -1))
+            base, kernel = table[:, :1], (table[:, 1:] - table[:, :1]).T
+        else:
+            base, kernel = self.hidden.bias[:, None].astype(self.dtype), self._shared(2, 1)
+        return self._laid_out(jnp.concatenate([self._shared(0, 2), kernel])), base
 
     def action_input(self, action: Float[Array, "*lead N A"]) -> Float[Array, "*lead D N"]:
         """What an action adds to the hidden layer, its bias included."""
-        x2 = self._embed_action(action)
-        hidden = self.config.hidden
-        start = self.config.deter // self.config.blocks + 2 * hidden
-        kernel = self.hidden.shared(start, hidden).astype(self.dtype)
+        kernel, x2 = self._shared(2, 1).astype(self.dtype), self._embed_action(action)
         return self.hidden.add_bias(jnp.einsum("io,...ni->...on", kernel, x2), axis=-2)
 
     def step(
@@ -103,20 +107,50 @@ class BlockGRU(nn.Module):
         deter: Float[Array, "D N"],
         stoch: Float[Array, "N SK"],
         action_input: Float[Array, "D N"],
+        gates_bias: Float[Array, "blocks 3 _"],
     ) -> Float[Array, "D N"]:
-        """One step of the recurrence, from the precomputed `action_input`."""
-        return self._advance(kernels, deter, [self._embed_stoch(stoch)], action_input)
+        """One step of the recurrence, from the precomputed `action_input` and `gates_bias`."""
+        return self._advance(kernels, deter, [self._embed_stoch(stoch)], action_input, gates_bias)
 
     def dream(
         self,
         kernels: Kernels,
+        base: Float[Array, "D 1"],
         deter: Float[Array, "D N"],
         stoch: Float[Array, "N SK"],
         action: Float[Array, "N A"],
     ) -> Float[Array, "D N"]:
         """One step of the recurrence, from an action that only this step has."""
-        read = [self._embed_stoch(stoch), self._embed_action(action)]
-        return self._advance(kernels, deter, read, self.hidden.bias[:, None].astype(self.dtype))
+        action = action.astype(self.dtype) if self.one_hot else self._embed_action(action)
+        read = [self._embed_stoch(stoch), action]
+        return self._advance(kernels, deter, read, base, self._gates_column())
+
+    def gates_bias(self, count: int) -> Float[Array, "blocks 3 _"]:
+        """The bias of the gates for `step` of so many columns.
+
+        Those of a gate of a block are one line, and so are the gates then: a CPU handles long lines
+        well, short ones not.
+        """
+        column = self._gates_column()
+        return jnp.repeat(column, count, -1).reshape(self.config.blocks, 3, -1)
+
+    def _gates_column(self) -> Float[Array, "blocks 3 _ 1"]:
+        return self.gates.bias.reshape(self.config.blocks, 3, -1, 1).astype(self.dtype)
+
+    def _shared(self, first: int, count: int) -> Float[Array, "inputs D"]:
+        """The kernel from some of the three projections that all blocks share."""
+        hidden = self.config.hidden
+        start = self.config.deter // self.config.blocks + first * hidden
+        return self.hidden.shared(start, count * hidden)
+
+    def _laid_out(self, shared: Float[Array, "inputs D"]) -> Kernels:
+        size = self.config.deter // self.config.blocks
+        return Kernels(
+            self.in_deter.laid_out(self.config.deter),
+            self.hidden.laid_out(size),
+            nets.kernel_of(shared, self.dtype),
+            self.gates.laid_out(size),
+        )
 
     def _embed_stoch(self, stoch: Float[Array, "N SK"]) -> Float[Array, "N hidden"]:
         return nets.silu(self.in_stoch_norm(self.in_stoch(stoch)))
@@ -130,8 +164,9 @@ class BlockGRU(nn.Module):
         self,
         kernels: Kernels,
         deter: Float[Array, "D N"],
-        read: list[Float[Array, "N hidden"]],
+        read: list[Float[Array, "N _"]],
         added: Float[Array, "D M"],
+        gates_bias: Float[Array, "blocks 3 *_"],
     ) -> Float[Array, "D N"]:
         """The next state: all blocks `read` some projections; what others give is `added`."""
         blocks, slice_size = self.config.blocks, self.config.deter // self.config.blocks
@@ -141,8 +176,10 @@ class BlockGRU(nn.Module):
         own = nets.columns(kernels.own, deter.reshape(cut)).reshape(deter.shape)
         shared = nets.columns(kernels.shared, jnp.concatenate([x0, *(x.T for x in read)]))
         x = nets.silu(self.hidden_norm(own + shared + added))
-        gates = nets.columns(kernels.gates, x.reshape(cut)).reshape(-1, deter.shape[-1])
-        gates = self.gates.add_bias(gates, axis=0).reshape(blocks, 3, slice_size, -1)
-        reset, candidate, update = (gates[:, i].reshape(deter.shape) for i in range(3))
+        gates = nets.columns(kernels.gates, x.reshape(cut))
+        gates = gates.reshape(*gates_bias.shape[:-1], -1) + gates_bias
+        reset, candidate, update = (gates[:, i] for i in range(3))
         update = jax.nn.sigmoid(update - 1)
-        return update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * deter
+        candidate = jnp.tanh(jax.nn.sigmoid(reset) * candidate)
+        mixed = update * candidate + (1 - update) * deter.reshape(update.shape)
+        return mixed.reshape(deter.shape)

@@ -37,6 +37,7 @@ from jaxwm.models.gru import BlockGRU, BlockGRUConfig
 from jaxwm.numerics import symexp_bins
 from jaxwm.types import (
     Array,
+    Discrete,
     Key,
     Latent,
     Metrics,
@@ -159,7 +160,8 @@ def world_model(
 
     encoder = Encoder(obs_space, config.codec, dtype)
     decoder = Decoder(obs_space, config.codec, dtype)
-    core = BlockGRU(config.core, stoch_size, action_size, dtype)
+    one_hot = _single_choice(action_space) and action_size <= config.core.hidden
+    core = BlockGRU(config.core, stoch_size, action_size, dtype, one_hot)
     prior = Prior(config)
     reward = nets.Heads(feature_size, config.units, 1, {"out": config.bins}, 0.0, dtype)
     cont = nets.Heads(feature_size, config.units, 1, {"out": 1}, 1.0, dtype)
@@ -174,6 +176,8 @@ def world_model(
     action_input = nets.call(core, "action_input")
     core_step, core_dream = nets.call(core, "step"), nets.call(core, "dream")
     core_kernels, posterior_kernels = nets.call(core, "kernels"), nets.call(posterior, "kernels")
+    dream_kernels = nets.call(core, "dream_kernels")
+    gates_bias = nets.call(core, "gates_bias")
     token_input = nets.call(posterior, "token_input")
     posterior_logits = nets.call(posterior, "step")
     prior_logits = nets.call(prior)
@@ -222,14 +226,15 @@ def world_model(
             ~steps.is_first,
             noise,
         )
-        kernels = core_kernels(params["core"], 2), posterior_kernels(params["posterior"])
+        bias = gates_bias(params["core"], lead[-1])
+        kernels = core_kernels(params["core"]), posterior_kernels(params["posterior"])
 
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Latent, Array]]:
             (action, token, keep, draws), sinks = inputs
             to_core, to_posterior = nets.with_sinks(kernels, sinks)
             deter = jnp.where(keep[None], carry.deter, 0)
             stoch = jnp.where(keep[:, None], _flat(carry.stoch), 0)
-            deter = core_step(params["core"], to_core, deter, stoch, action)
+            deter = core_step(params["core"], to_core, deter, stoch, action, bias)
             logits = posterior_logits(params["posterior"], to_posterior, deter, token)
             carry = Latent(deter, sample(logits, draws))
             return carry, (carry, logits)
@@ -241,7 +246,7 @@ def world_model(
     def imagine(
         params: Params, start: Latent, policy: Callable, noise: Array, policy_noise: Any
     ) -> tuple[Latent, Any, Any]:
-        kernels = core_kernels(params["core"], 3)
+        kernels, base = dream_kernels(params["core"])
         rows = start.deter.shape[0]
         spare = nets.spare_columns(rows)
 
@@ -253,7 +258,7 @@ def world_model(
             feat = features(Latent(carry.deter[:, :rows].T, carry.stoch))
             action, kept = policy(feat, policy_draw)
             read = _flat(carry.stoch), concat_entries(action_space, as_dict(action))
-            deter = core_dream(params["core"], kernels, carry.deter, *map(widen, read))
+            deter = core_dream(params["core"], kernels, base, carry.deter, *map(widen, read))
             logits = prior_logits(params["prior"], deter, True)[:rows]
             return Latent(deter, sample(logits, draws)), (feat, action, kept)
 
@@ -311,6 +316,12 @@ def world_model(
 def features(latent: Latent) -> Array:
     """What heads read: deter and the flattened stoch, (..., D + S * K)."""
     return jnp.concatenate([latent.deter, _flat(latent.stoch)], -1)
+
+
+def _single_choice(action_space: dict[str, Space]) -> bool:
+    """Whether an action is one choice, and nothing else."""
+    spaces = list(action_space.values())
+    return len(spaces) == 1 and isinstance(spaces[0], Discrete) and spaces[0].shape == ()
 
 
 def _swap(latent: Latent) -> Latent:
