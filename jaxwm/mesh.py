@@ -19,6 +19,7 @@ layout drops what it has but one of.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -35,7 +36,7 @@ from jaxwm.config import require
 from jaxwm.envs.host import cores
 from jaxwm.numerics import fold_mirrored, unfold_mirrored
 from jaxwm.recipes import RunConfig
-from jaxwm.types import ALONE, JaxwmError, Key, Shards
+from jaxwm.types import ALONE, JaxwmError, Shards
 
 P = PartitionSpec
 MEMBERS, DATA, SHARDS = "members", "data", "shards"
@@ -146,21 +147,23 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
     """
     if layout.shards == 1:
         return ALONE
-    across = (SHARDS, DATA)
+    here = (SHARDS,) * (layout.shards_here > 1)
+    across = (DATA, *here)
 
-    def own(key: Key) -> Key:
-        number = jax.lax.axis_index(DATA) * layout.shards_here + jax.lax.axis_index(SHARDS)
-        return jax.random.fold_in(key, number)
+    def every(x: Any) -> Any:
+        for axis in reversed(across):
+            x = jax.lax.all_gather(x, axis)
+        return x
 
     def mean_in_any_order(tree: Any) -> Any:
         folded = _at_bins(fold_mirrored, tree)
         return _at_bins(unfold_mirrored, jax.lax.pmean(folded, across))
 
     shards = Shards(
-        own=own,
+        own=lambda key: jax.random.fold_in(key, jax.lax.axis_index(across)),
         mean=mean_in_any_order,
         total=lambda tree: jax.lax.psum(tree, across),
-        every=lambda x: jax.lax.all_gather(jax.lax.all_gather(x, SHARDS), DATA),
+        every=every,
     )
     if whole is None:
         return shards
@@ -178,7 +181,7 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
         return x if axis is None else jax.lax.all_gather(x, DATA, axis=axis, tiled=True)
 
     def mean(x: Any) -> Any:
-        x, axis = jax.lax.pmean(x, SHARDS), _cut(x.shape, count)
+        x, axis = jax.lax.pmean(x, here), _cut(x.shape, count)
         if axis is None:
             return jax.lax.pmean(x, DATA)
         return jax.lax.psum_scatter(x, DATA, scatter_dimension=axis, tiled=True) / count
@@ -245,10 +248,27 @@ def spread(
         return function
     if layout.shards > 1:
         mapped = jax.tree.map(lambda spec: 0 if SHARDS in spec else None, (takes, gives))
-        function = jax.vmap(function, *mapped, axis_name=SHARDS, axis_size=layout.shards_here)
+        if layout.shards_here == 1:
+            function = _of_one(function, *mapped)
+        else:
+            function = jax.vmap(function, *mapped, axis_name=SHARDS, axis_size=layout.shards_here)
     ins, outs = jax.tree.map(lambda spec: _on_mesh(spec, layout), (takes, gives))
     # What leads with no axis is the same on all devices by construction, which is not inferred.
     return jax.shard_map(function, mesh=layout.mesh, in_specs=ins, out_specs=outs, check_vma=False)
+
+
+def _of_one(function: Callable[..., Any], takes: Any, gives: Any) -> Callable[..., Any]:
+    """`jax.vmap` over an axis of one, which is left away: no product then becomes one of many."""
+
+    def at(change: Callable[[Any], Any], axes: Any, tree: Any) -> Any:
+        each = lambda axis, x: x if axis is None else jax.tree.map(change, x)  # noqa: E731
+        return jax.tree.map(each, axes, tree, is_leaf=lambda axis: axis is None)
+
+    @functools.wraps(function)
+    def apply(*args: Any) -> Any:
+        return at(lambda x: x[None], gives, function(*at(lambda x: x[0], takes, args)))
+
+    return apply
 
 
 def placed(like: Any, layout: Layout, leads: Any) -> Any:
