@@ -492,15 +492,19 @@ def _conv_params(module: Conv | ConvTranspose | UpsampleConv) -> tuple[Array, Ar
 
 
 def keep_products(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, of which a gradient keeps the products alone and computes the rest again.
+    """`function`, of which a gradient keeps products and sums alone and computes the rest again.
 
-    On CPU only, where writing to memory costs more than most of what is written.
+    On CPU only, where writing to memory costs more than most of what is written. Sums and maxima
+    take little memory and are slow.
     """
     if jax.default_backend() != "cpu":
         return function
-    policy = jax.checkpoint_policies.dots_saveable
+
+    def kept(primitive: Any, *_: Any, **__: Any) -> bool:
+        return primitive.name in ("dot_general", "reduce_sum", "reduce_max")
+
     # Inside a scan nothing could be merged with what is computed again.
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    return jax.checkpoint(function, policy=kept, prevent_cse=False)
 
 
 def sliced(size: int) -> bool:

@@ -176,6 +176,32 @@ def test_percentiles_interpolate_over_all_entries():
     np.testing.assert_allclose(state, np.percentile(x, [20, 70]), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.random.default_rng(0).normal(size=(15, 64)),
+        np.random.default_rng(1).normal(size=999) * 10.0 ** np.linspace(-30, 30, 999),
+        np.random.default_rng(2).integers(-3, 3, 50),
+        [-3e38, -2.0, -0.0, 0.0, 1e-38, 3.0, 3e38],
+        [5.0],
+    ],
+    ids=["normal", "any size", "equal ones", "extremes", "one"],
+)
+def test_percentiles_are_those_of_numpy(x):
+    x = np.asarray(x, np.float32)
+    wanted = (0.0, 5.0, 20.0, 50.0, 95.0, 100.0)
+    got = numerics.percentile(jnp.asarray(x), *wanted)
+    want = np.percentile(x.astype(float), wanted)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-38)
+    np.testing.assert_array_equal(
+        jax.vmap(lambda y: numerics.percentile(y, 50))(x[None])[0], got[3]
+    )
+
+
+def test_percentiles_of_what_is_no_number_are_none():
+    assert np.isnan(numerics.percentile(jnp.array([1.0, np.nan, 2.0]), 5, 95)).all()
+
+
 def test_debiased_statistics_of_the_same_batch_are_those_of_the_batch():
     x = jnp.asarray([1.0, 2.0, 6.0])
     state, weight = numerics.moments_init(), jnp.zeros(())
