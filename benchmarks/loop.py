@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from benchmarks.lines import emit, machine
-from jaxwm import memory, mesh, train
+from jaxwm import heap, memory, mesh, train
 from jaxwm.agent import compute_dtype
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay import ReplayConfig
@@ -155,4 +155,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    heap.ask_for_large_pages()  # as `jaxwm train` does
     main()

@@ -20,11 +20,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.lines import emit, machine
+from jaxwm import heap
 from jaxwm.envs.host import cores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +82,14 @@ def versions(python: Path | str) -> dict[str, str]:
 class Worker:
     """A process that holds one implementation, and works when told."""
 
-    def __init__(self, python: Path | str, job: dict[str, Any], log: Path, paths: str):
+    def __init__(
+        self,
+        python: Path | str,
+        job: dict[str, Any],
+        log: Path,
+        paths: str,
+        environment: Mapping[str, str] = os.environ,
+    ):
         self.log = log
         with log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
@@ -90,7 +98,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env={**os.environ, "PYTHONPATH": paths},
+                env={**environment, "PYTHONPATH": paths},
                 start_new_session=True,
             )
 
@@ -223,9 +231,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
 
             def start(name: str, job: dict = job, folder: str = folder) -> Worker:
-                paths = str(ROOT) if name == "jaxwm" else ""
-                log = Path(folder) / f"{name}.log"
-                return Worker(pythons[name], job | {"peer": name}, log, paths)
+                ours = name == "jaxwm"
+                log, paths = Path(folder) / f"{name}.log", str(ROOT) if ours else ""
+                # This package as `jaxwm train` runs it.
+                env = heap.with_large_pages(os.environ) if ours else os.environ
+                return Worker(pythons[name], job | {"peer": name}, log, paths, env)
 
             found = summary(compare(names, start, args.repeats)) | absent
         for name, result in found.items():

@@ -25,7 +25,7 @@ from jax.extend import core
 
 from benchmarks.lines import emit, machine, seconds
 from benchmarks.throughput import spaces, synthetic
-from jaxwm import compiler
+from jaxwm import compiler, heap
 from jaxwm.agent import AgentConfig, compute_dtype, make_agent
 from jaxwm.envs import wrappers
 from jaxwm.models.encoders import Decoder, Encoder
@@ -378,4 +378,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    heap.ask_for_large_pages()  # as `jaxwm train` does
     main()

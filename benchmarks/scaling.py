@@ -23,7 +23,7 @@ from benchmarks.lines import emit, machine, seconds
 from benchmarks.loop import Run, collecting, training
 from benchmarks.roofline import demands, work
 from benchmarks.throughput import synthetic
-from jaxwm import compiler, mesh
+from jaxwm import compiler, heap, mesh
 from jaxwm.agent import compute_dtype
 from jaxwm.recipes import dreamer_v3
 from jaxwm.replay import check_fits
@@ -218,4 +218,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    heap.ask_for_large_pages()  # as `jaxwm train` does
     main()

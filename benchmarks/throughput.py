@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from benchmarks.lines import emit, machine, seconds
 from benchmarks.loop import Run, measure
-from jaxwm import compiler
+from jaxwm import compiler, heap
 from jaxwm.agent import AgentConfig, compute_dtype, make_agent
 from jaxwm.envs import wrappers
 from jaxwm.recipes import RunConfig, dreamer_v3
@@ -130,4 +130,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    heap.ask_for_large_pages()  # as `jaxwm train` does
     main()

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxwm import lock
+from jaxwm import heap, lock
 from jaxwm.spaces import JaxwmError
 from jaxwm.stop import at_once
 
@@ -99,6 +99,8 @@ def _dispatch(argv: list[str], whole: bool) -> int:
         return 0
     if name not in _COMMANDS:
         raise UsageError(_unknown(name, _COMMANDS, "command"))
+    if whole and name in ("train", "resume"):
+        heap.ask_for_large_pages()
     _keep_compiled_programs()
     try:
         with at_once(to_the_end=whole):
