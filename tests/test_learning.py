@@ -102,16 +102,17 @@ def learn(
 def test_reaches_the_optimum(name, updates, options):
     env = envs.make(f"toy/{name}", **options)
     optimum = OPTIMUM[f"toy/{name}"]
-    least = optimum - 0.1 * (optimum - RANDOM[name])
     play = None
 
-    def solved(agent, params, seed=1):
+    # What ends learning asks for a little more than the goal, or chance would meet it.
+    def solved(agent, params, seed=1, short=0.08):
         nonlocal play
         play = play or jax.jit(lambda params, key: evaluate(agent, params, env, 256, key).mean())
+        least = optimum - short * (optimum - RANDOM[name])
         return float(play(params, jax.random.key(seed))) >= least
 
     program, state = learn(name, updates, solved, **options)
-    assert solved(program.agent, state.agent.params, seed=2)
+    assert solved(program.agent, state.agent.params, seed=2, short=0.1)
 
 
 @pytest.mark.parametrize(("name", "updates"), [("Prediction", 600), ("Discount", 600)])
