@@ -103,16 +103,17 @@ def test_reaches_the_optimum(name, updates, options):
     env = envs.make(f"toy/{name}", **options)
     optimum = OPTIMUM[f"toy/{name}"]
     play = None
+    # Reach comes to its goal by and by: learning goes on a little, or other episodes fall short.
+    enough = 0.08 if name == "Reach" else 0.1
 
-    def solved(agent, params, seed=1, short=0.1):
+    def solved(agent, params, seed=1, short=enough):
         nonlocal play
         play = play or jax.jit(lambda params, key: evaluate(agent, params, env, 256, key).mean())
         least = optimum - short * (optimum - RANDOM[name])
         return float(play(params, jax.random.key(seed))) >= least
 
     program, state = learn(name, updates, solved, **options)
-    # Other episodes, of which a few more may fall short: learning ended as soon as chance let it.
-    assert solved(program.agent, state.agent.params, seed=2, short=0.12)
+    assert solved(program.agent, state.agent.params, seed=2, short=0.1)
 
 
 @pytest.mark.parametrize(("name", "updates"), [("Prediction", 600), ("Discount", 600)])

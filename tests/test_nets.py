@@ -320,8 +320,7 @@ def test_a_table_of_choices_is_the_path_of_each(rng):
         dreamt = nets.call(core)(params, h, z, actions)
         added = nets.call(core, "action_input")(params, actions)
         kernels = nets.call(core, "kernels")(params)
-        bias = nets.call(core, "gates_bias")(params, 4)
-        return dreamt, nets.call(core, "step")(params, kernels, h.T, z, added, bias).T
+        return dreamt, nets.call(core, "step")(params, kernels, h.T, z, added).T
 
     want, got = both_ways(plain, params), both_ways(tabled, params)
     assert np.abs(want[0][:3] - want[0][3:]).max() > 0.01

@@ -107,10 +107,9 @@ class BlockGRU(nn.Module):
         deter: Float[Array, "D N"],
         stoch: Float[Array, "N SK"],
         action_input: Float[Array, "D N"],
-        gates_bias: Float[Array, "blocks 3 _"],
     ) -> Float[Array, "D N"]:
-        """One step of the recurrence, from the precomputed `action_input` and `gates_bias`."""
-        return self._advance(kernels, deter, [self._embed_stoch(stoch)], action_input, gates_bias)
+        """One step of the recurrence, from the precomputed `action_input`."""
+        return self._advance(kernels, deter, [self._embed_stoch(stoch)], action_input)
 
     def dream(
         self,
@@ -122,20 +121,7 @@ class BlockGRU(nn.Module):
     ) -> Float[Array, "D N"]:
         """One step of the recurrence, from an action that only this step has."""
         action = action.astype(self.dtype) if self.one_hot else self._embed_action(action)
-        read = [self._embed_stoch(stoch), action]
-        return self._advance(kernels, deter, read, base, self._gates_column())
-
-    def gates_bias(self, count: int) -> Float[Array, "blocks 3 _"]:
-        """The bias of the gates for `step` of so many columns.
-
-        Those of a gate of a block are one line, and so are the gates then: a CPU handles long lines
-        well, short ones not.
-        """
-        column = self._gates_column()
-        return jnp.repeat(column, count, -1).reshape(self.config.blocks, 3, -1)
-
-    def _gates_column(self) -> Float[Array, "blocks 3 _ 1"]:
-        return self.gates.bias.reshape(self.config.blocks, 3, -1, 1).astype(self.dtype)
+        return self._advance(kernels, deter, [self._embed_stoch(stoch), action], base)
 
     def _shared(self, first: int, count: int) -> Float[Array, "inputs D"]:
         """The kernel from some of the three projections that all blocks share."""
@@ -166,7 +152,6 @@ class BlockGRU(nn.Module):
         deter: Float[Array, "D N"],
         read: list[Float[Array, "N _"]],
         added: Float[Array, "D M"],
-        gates_bias: Float[Array, "blocks 3 *_"],
     ) -> Float[Array, "D N"]:
         """The next state: all blocks `read` some projections; what others give is `added`."""
         blocks, slice_size = self.config.blocks, self.config.deter // self.config.blocks
@@ -176,10 +161,8 @@ class BlockGRU(nn.Module):
         own = nets.columns(kernels.own, deter.reshape(cut)).reshape(deter.shape)
         shared = nets.columns(kernels.shared, jnp.concatenate([x0, *(x.T for x in read)]))
         x = nets.silu(self.hidden_norm(own + shared + added))
-        gates = nets.columns(kernels.gates, x.reshape(cut))
-        gates = gates.reshape(*gates_bias.shape[:-1], -1) + gates_bias
-        reset, candidate, update = (gates[:, i] for i in range(3))
+        gates = nets.columns(kernels.gates, x.reshape(cut)).reshape(-1, deter.shape[-1])
+        gates = self.gates.add_bias(gates, axis=0).reshape(blocks, 3, slice_size, -1)
+        reset, candidate, update = (gates[:, i].reshape(deter.shape) for i in range(3))
         update = jax.nn.sigmoid(update - 1)
-        candidate = jnp.tanh(jax.nn.sigmoid(reset) * candidate)
-        mixed = update * candidate + (1 - update) * deter.reshape(update.shape)
-        return mixed.reshape(deter.shape)
+        return update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * deter

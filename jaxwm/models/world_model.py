@@ -177,7 +177,6 @@ def world_model(
     core_step, core_dream = nets.call(core, "step"), nets.call(core, "dream")
     core_kernels, posterior_kernels = nets.call(core, "kernels"), nets.call(posterior, "kernels")
     dream_kernels = nets.call(core, "dream_kernels")
-    gates_bias = nets.call(core, "gates_bias")
     token_input = nets.call(posterior, "token_input")
     posterior_logits = nets.call(posterior, "step")
     prior_logits = nets.call(prior)
@@ -226,7 +225,6 @@ def world_model(
             ~steps.is_first,
             noise,
         )
-        bias = gates_bias(params["core"], lead[-1])
         kernels = core_kernels(params["core"]), posterior_kernels(params["posterior"])
 
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Latent, Array]]:
@@ -234,7 +232,7 @@ def world_model(
             to_core, to_posterior = nets.with_sinks(kernels, sinks)
             deter = jnp.where(keep[None], carry.deter, 0)
             stoch = jnp.where(keep[:, None], _flat(carry.stoch), 0)
-            deter = core_step(params["core"], to_core, deter, stoch, action, bias)
+            deter = core_step(params["core"], to_core, deter, stoch, action)
             logits = posterior_logits(params["posterior"], to_posterior, deter, token)
             carry = Latent(deter, sample(logits, draws))
             return carry, (carry, logits)
