@@ -1,6 +1,7 @@
 """Toy environments are solved to their known optimum, from scratch, by the whole program."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,11 +55,14 @@ def config(name: str, updates: int) -> RunConfig:
         weights = LossWeights(rec=5.0, reward=100.0)
     if name == "Reach":
         # Close to the optimum a policy that keeps moving is as often short of it.
-        weights, rate, anneal = LossWeights(rec=5.0, reward=5.0), 4e-3, updates
+        weights, rate, anneal = LossWeights(rec=5.0, reward=20.0), 4e-3, updates
     if name == "Dials":
         latent = LatentConfig(8, 8)
         behavior = dataclasses.replace(behavior, imagine=3, entropy=1e-2)
         weights, rate = LossWeights(rec=20.0, reward=20.0), 4e-3
+    if name == "Mixed":
+        # Three senses are worth most together: with little entropy some seeds long heed two.
+        latent, behavior = LatentConfig(8, 8), dataclasses.replace(behavior, entropy=1e-2)
     if name == "Pixels":
         # Only chance catches a ball at the far edge, before the policy is sure of other things:
         # with four times the updates for a step some seeds never saw it caught.
@@ -93,7 +97,7 @@ def learn(
         ("Observe", 800, {}),
         ("Memory", 4000, {}),
         ("Credit", 1600, {}),
-        ("Reach", 5000, {}),
+        ("Reach", 7000, {}),
         ("Pixels", 4000, {"cell": 1}),
         ("Dials", 4000, {}),
         ("Mixed", 2400, {"cell": 1}),
@@ -103,16 +107,17 @@ def test_reaches_the_optimum(name, updates, options):
     env = envs.make(f"toy/{name}", **options)
     optimum = OPTIMUM[f"toy/{name}"]
     play = None
-    # Reach comes to its goal by and by: learning goes on a little, or other episodes fall short.
-    enough = 0.08 if name == "Reach" else 0.1
 
-    def solved(agent, params, seed=1, short=enough):
+    def solved(agent, params, seed, short):
         nonlocal play
         play = play or jax.jit(lambda params, key: evaluate(agent, params, env, 256, key).mean())
         least = optimum - short * (optimum - RANDOM[name])
         return float(play(params, jax.random.key(seed))) >= least
 
-    program, state = learn(name, updates, solved, **options)
+    # Learning ends at more than is asked: other episodes, and rounding of another kind of
+    # processor, move a return by one or two hundredths.
+    enough = functools.partial(solved, seed=1, short=0.075)
+    program, state = learn(name, updates, enough, **options)
     assert solved(program.agent, state.agent.params, seed=2, short=0.1)
 
 
