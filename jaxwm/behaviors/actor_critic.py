@@ -250,14 +250,17 @@ def actor_critic(
         def judge(feat: Array) -> tuple[list[Array], Any]:
             heads = model.predict(fixed_model, model.split(feat), ("reward", "continue"))
             out, products = nets.remembering(value_net)(fixed_params["value"], feat)
-            values, slow_values = dists.TwoHot(out["out"], bins), value(slow, feat)
-            judges = (heads["reward"], heads["continue"], values, slow_values)
+            judges = (heads["reward"], heads["continue"], dists.TwoHot(out["out"], bins))
             return [x.mean() for x in judges], products
 
+        def judge_all(feat: Array) -> tuple[list[Array], Array, Any]:
+            judged, products = judge(feat)
+            return judged, value(slow, feat).mean(), products
+
         # The last state apart from the others, which the dream stacked: together they are copied.
-        judged, value_products = nets.by_slices(judge, feat[:-1])
+        judged, slow_values, value_products = sg(nets.by_slices(judge_all, feat[:-1]))
         judged = zip(judged, judge(feat[-1])[0], strict=True)
-        reward, cont, values, slow_values = sg([jnp.concatenate([xs, x[None]]) for xs, x in judged])
+        reward, cont, values = sg([jnp.concatenate([xs, x[None]]) for xs, x in judged])
         if config.start_weight == "true":
             cont = cont.at[0].set(1.0 - steps.is_terminal.reshape(-1))
         dream, state = dream_targets(config, state, reward, cont, values, every)
@@ -275,11 +278,11 @@ def actor_critic(
         score, fit, entropy = nets.by_slices(
             learn,
             feat[:-1],
-            sg((policy_products, value_products)),
+            (policy_products, value_products),
             actions,
             dream.advantage,
             dream.returns,
-            slow_values[:-1],
+            slow_values,
         )
         policy_loss, value_loss = (-(dream.weight * x).mean(0) for x in (score, fit))
 
@@ -291,7 +294,10 @@ def actor_critic(
         targets = columns(
             steps.reward, steps.is_last, steps.is_terminal, bootstrap, discount, config.lambda_
         )
-        replayed = value(params, model.features(jax.tree.map(lambda x: x[:-1], latents)))
+        rows = jax.tree.map(lambda x: x[:-1], latents)
+        products = jax.tree.map(lambda x: x[0].reshape(*lead, -1)[:-1], value_products)
+        out = nets.recalling(value_net)(params["value"], products, model.features(rows))
+        replayed = dists.TwoHot(out["out"], bins)
         replay_loss = -replayed.log_prob(targets)
         slow_start = slow_values[0].reshape(lead)[:-1]
         replay_loss -= config.slow_regularizer * replayed.log_prob(slow_start)
