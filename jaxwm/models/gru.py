@@ -87,15 +87,18 @@ class BlockGRU(nn.Module):
         """What `step` multiplies with, laid out for all steps."""
         return self._laid_out(self._shared(0, 2))
 
-    def gate_bias(self, count: int) -> Float[Array, "blocks 3 1 _"]:
-        """What `step` adds to the gates of `count` columns, laid out for all steps.
+    def gate_bias(self, count: int = 1) -> Float[Array, "blocks 3 _ _"]:
+        """What all steps add to the gates: a bias for all columns, or for each of `count`.
 
-        A CPU makes no vectors of a few columns. With a bias for each of them, features and columns
-        are one axis to the gates, which take a tenth of the time then.
+        A CPU makes no vectors of a few columns. If each has a bias, features and columns are one
+        axis to the gates, which take a tenth of the time then.
         """
-        bias = self._gate_bias()
-        bias = jnp.broadcast_to(bias, (*bias.shape[:-1], count))
-        return jax.lax.optimization_barrier(bias.reshape(*bias.shape[:2], 1, -1))
+        blocks, size = self.config.blocks, self.config.deter // self.config.blocks
+        bias = self.gates.bias.astype(self.dtype).reshape(blocks, 3, size, 1)
+        if count == 1:
+            return bias
+        bias = jnp.broadcast_to(bias, (blocks, 3, size, count)).reshape(blocks, 3, 1, -1)
+        return jax.lax.optimization_barrier(bias)
 
     def dream_kernels(self) -> tuple[Kernels, Float[Array, "D 1"]]:
         """What `dream` multiplies with and what it adds, laid out for all steps."""
@@ -117,7 +120,7 @@ class BlockGRU(nn.Module):
         deter: Float[Array, "D N"],
         stoch: Float[Array, "N SK"],
         action_input: Float[Array, "D N"],
-        gate_bias: Float[Array, "blocks 3 1 _"],
+        gate_bias: Float[Array, "blocks 3 _ _"],
     ) -> Float[Array, "D N"]:
         """One step of the recurrence, from the precomputed `action_input` and `gate_bias`."""
         return self._advance(kernels, deter, [self._embed_stoch(stoch)], action_input, gate_bias)
@@ -133,7 +136,7 @@ class BlockGRU(nn.Module):
         """One step of the recurrence, from an action that only this step has."""
         action = action.astype(self.dtype) if self.one_hot else self._embed_action(action)
         read = [self._embed_stoch(stoch), action]
-        return self._advance(kernels, deter, read, base, self._gate_bias())
+        return self._advance(kernels, deter, read, base, self.gate_bias())
 
     def _shared(self, first: int, count: int) -> Float[Array, "inputs D"]:
         """The kernel from some of the three projections that all blocks share."""
@@ -149,10 +152,6 @@ class BlockGRU(nn.Module):
             nets.kernel_of(shared, self.dtype),
             self.gates.laid_out(size),
         )
-
-    def _gate_bias(self) -> Float[Array, "blocks 3 size 1"]:
-        blocks, size = self.config.blocks, self.config.deter // self.config.blocks
-        return self.gates.bias.astype(self.dtype).reshape(blocks, 3, size, 1)
 
     def _embed_stoch(self, stoch: Float[Array, "N SK"]) -> Float[Array, "N hidden"]:
         return nets.silu(self.in_stoch_norm(self.in_stoch(stoch)))
@@ -180,7 +179,7 @@ class BlockGRU(nn.Module):
         x = nets.silu(self.hidden_norm(own + shared + added))
         gates = nets.columns(kernels.gates, x.reshape(cut))
         gates = gates.reshape(*gate_bias.shape[:3], -1) + gate_bias
-        reset, candidate, update = (gates[:, i] for i in range(3))
+        reset, candidate, update = (gates[:, i].reshape(-1, gates.shape[-1]) for i in range(3))
         update = jax.nn.sigmoid(update - 1)
-        new = jnp.tanh(jax.nn.sigmoid(reset) * candidate)
-        return (update * new + (1 - update) * deter.reshape(new.shape)).reshape(deter.shape)
+        new, old = jnp.tanh(jax.nn.sigmoid(reset) * candidate), deter.reshape(update.shape)
+        return (update * new + (1 - update) * old).reshape(deter.shape)
