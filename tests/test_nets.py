@@ -320,7 +320,8 @@ def test_a_table_of_choices_is_the_path_of_each(rng):
         dreamt = nets.call(core)(params, h, z, actions)
         added = nets.call(core, "action_input")(params, actions)
         kernels = nets.call(core, "kernels")(params)
-        return dreamt, nets.call(core, "step")(params, kernels, h.T, z, added).T
+        bias = nets.call(core, "gate_bias")(params, len(h))
+        return dreamt, nets.call(core, "step")(params, kernels, h.T, z, added, bias).T
 
     want, got = both_ways(plain, params), both_ways(tabled, params)
     assert np.abs(want[0][:3] - want[0][3:]).max() > 0.01
