@@ -509,7 +509,7 @@ def keep_products(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def sliced(size: int) -> bool:
     """Whether slices of so many numbers are better computed one after the other than at once."""
-    return jax.default_backend() == "cpu" and size >= 2**17
+    return jax.default_backend() == "cpu" and size >= 2**16
 
 
 def spare_columns(count: int) -> int:
