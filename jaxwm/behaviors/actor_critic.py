@@ -294,6 +294,7 @@ def actor_critic(
         targets = columns(
             steps.reward, steps.is_last, steps.is_terminal, bootstrap, discount, config.lambda_
         )
+        # Dreams start from these rows, so that the critic's products are known.
         rows = jax.tree.map(lambda x: x[:-1], latents)
         products = jax.tree.map(lambda x: x[0].reshape(*lead, -1)[:-1], value_products)
         out = nets.recalling(value_net)(params["value"], products, model.features(rows))

@@ -88,10 +88,10 @@ class BlockGRU(nn.Module):
         return self._laid_out(self._shared(0, 2))
 
     def gate_bias(self, count: int = 1) -> Float[Array, "blocks 3 _ _"]:
-        """What all steps add to the gates: a bias for all columns, or for each of `count`.
+        """What all steps add to the gates: one bias for all columns, or one for each of `count`.
 
         A CPU makes no vectors of a few columns. If each has a bias, features and columns are one
-        axis to the gates, which take a tenth of the time then.
+        axis to the gates, which then take a seventh of the time (512 features, 8 columns).
         """
         blocks, size = self.config.blocks, self.config.deter // self.config.blocks
         bias = self.gates.bias.astype(self.dtype).reshape(blocks, 3, size, 1)

@@ -226,7 +226,7 @@ def world_model(
             noise,
         )
         kernels = core_kernels(params["core"]), posterior_kernels(params["posterior"])
-        # Laid out for each column where many steps of a few columns pay for it.
+        # A bias for each column pays if there are few of them, and several steps share it.
         bias = gate_bias(params["core"], lead[1] if lead[0] > 1 and lead[1] <= 8 else 1)
 
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Latent, Array]]:
