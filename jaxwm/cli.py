@@ -102,6 +102,8 @@ def _dispatch(argv: list[str], whole: bool) -> int:
     if whole and name in ("train", "resume"):
         heap.ask_for_large_pages()
     _keep_compiled_programs()
+    # XLA's warnings: one for each array that is larger than a piece of temporary memory.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         with at_once(to_the_end=whole):
             _COMMANDS[name](words)

@@ -2,7 +2,9 @@
 
 On a CPU, XLA hands products and reductions to the library YNNPACK. Without it an update takes
 about 7 % less time with vectors and 16 % less with images (size1m, jax 0.10.2, two cores; at
-size12m 3 % more, of three turns). What a user's XLA_FLAGS say of an option stays as they say.
+size12m 3 % more, of three turns). A CPU's temporary memory comes in pieces that `jaxwm.heap` keeps
+between one run of a program and the next. What a user's XLA_FLAGS say of an option stays as they
+say.
 """
 
 import functools
@@ -12,7 +14,16 @@ from typing import Any
 
 import jax
 
-OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+from jaxwm import heap
+
+OPTIONS = {
+    "cpu": {
+        "xla_cpu_experimental_ynn_fusion_type": "",
+        "xla_cpu_prefer_vector_width": "512",
+        # Of an array that is larger XLA says so, and gives it a piece of its own.
+        "xla_multiheap_size_constraint_per_heap": str(heap.PIECE),
+    }
+}
 
 
 def jit(function: Callable[..., Any], **settings: Any) -> Any:
@@ -20,6 +31,8 @@ def jit(function: Callable[..., Any], **settings: Any) -> Any:
 
     For the outermost of nested functions: the options are those of a whole program.
     """
+    if jax.default_backend() == "cpu":
+        heap.keep()
     return jax.jit(function, compiler_options=options(), **settings)
 
 

@@ -17,9 +17,10 @@ from jaxwm.numerics import (
     Scalar,
     logsumexp,
     prepend_axes,
+    recall_logsumexp,
     symexp,
     symlog,
-    twohot,
+    twohot_dot,
     twohot_mean,
 )
 from jaxwm.types import JaxwmError, Key
@@ -204,13 +205,19 @@ class TwoHot(_Distribution):
     Args:
       logits: (..., n) unnormalised log-probabilities of the bins.
       bins: (n,) positions, ascending and mirrored about zero, as from `symexp_bins`.
+      total: (...) `total()` of another distribution of the same logits: it is not computed again.
 
     Source: "Critic learning" in DreamerV3 (arXiv:2301.04104).
     """
 
-    def __init__(self, logits: Float[Array, "*batch n"], bins: Float[Array, " n"]):
+    def __init__(
+        self,
+        logits: Float[Array, "*batch n"],
+        bins: Float[Array, " n"],
+        total: Float[Array, "*batch"] | None = None,
+    ):
         self.logits = logits.astype(jnp.float32)
-        self.bins = bins
+        self.bins, self._total = bins, total
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -221,9 +228,14 @@ class TwoHot(_Distribution):
 
     def log_prob(self, value: Num[Array, "*batch"]) -> Float[Array, "*batch"]:
         # The weights add up to 1, so that the normaliser can be taken out of the sum.
-        target = twohot(value, self.bins)
-        total = prepend_axes(logsumexp(self.logits), value.ndim)
-        return jnp.sum(target * prepend_axes(self.logits, target.ndim), axis=-1) - total
+        logits = jnp.broadcast_to(self.logits, (*value.shape, self.logits.shape[-1]))
+        return twohot_dot(logits, value, self.bins) - prepend_axes(self.total(), value.ndim)
+
+    def total(self) -> Float[Array, "*batch"]:
+        """The logarithm of what normalises the exponentials of the logits."""
+        if self._total is None:
+            return logsumexp(self.logits)
+        return recall_logsumexp(self._total, self.logits)
 
     def mean(self) -> Float[Array, "*batch"]:
         """Expected bin position; exactly 0 for uniform logits."""

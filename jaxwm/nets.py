@@ -81,17 +81,17 @@ def columns(
     kernel: Kernel, x: Float[Array, "*blocks inputs N"]
 ) -> Float[Array, "*blocks outputs N"]:
     """`kernel.T @ x`: a linear map with features first and the batch last."""
-    return kernel.turned @ x
+    return _multiply(kernel.turned, kernel.plain, x)
 
 
 def _columns_forward(kernel, x):
-    return kernel.turned @ x, (kernel, x)
+    return _multiply(kernel.turned, kernel.plain, x), (kernel, x)
 
 
 def _columns_backward(saved, grad):
     kernel, x = saved
     none: Any = None  # no gradient at all: zeros would be added up in every step
-    grad_x = kernel.plain.astype(grad.dtype) @ grad
+    grad_x = _multiply(kernel.plain, kernel.turned, grad)
     if kernel.sink is not None:
         return Kernel(none, none, Sink(x, grad)), grad_x
     wide = kernel.plain.dtype
@@ -100,6 +100,26 @@ def _columns_backward(saved, grad):
 
 
 columns.defvjp(_columns_forward, _columns_backward)
+
+
+def _multiply(left: Array, turned: Array, x: Array) -> Array:
+    """`left @ x`, of a matrix that lies in memory transposed too."""
+    if not _few(x, *left.shape[-2:]):
+        return left.astype(x.dtype) @ x
+    # A CPU lays the left factor out anew, which for few columns takes longer than to multiply.
+    return rowwise((x.swapaxes(-1, -2) @ turned.astype(x.dtype)).swapaxes(-1, -2))
+
+
+def rowwise(x: Float[Array, "*blocks features N"]) -> Float[Array, "*blocks features N"]:
+    """`x`, computed as rows if it is a few columns, of which a CPU makes no vectors."""
+    if not _few(x, x.shape[-2]):
+        return x
+    return jax.lax.optimization_barrier(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+def _few(x: Array, *features: int) -> bool:
+    # XLA 0.10 crashes where blocks of less than 4 features are to be rows.
+    return jax.default_backend() == "cpu" and x.shape[-1] <= 16 and min(features) >= 8
 
 
 def sinks(kernels: Any, steps: int, count: int) -> Any:

@@ -101,16 +101,50 @@ def twohot(value: Num[Array, "*batch"], bins: Float[Array, " n"]) -> Float[Array
 
     Source: "Critic learning" in DreamerV3 (arXiv:2301.04104).
     """
+    return _spread(*_between(value, bins), bins.shape[-1])
+
+
+def twohot_dot(
+    logits: Float[Array, "*batch n"], value: Num[Array, "*batch"], bins: Float[Array, " n"]
+) -> Float[Array, "*batch"]:
+    """`sum(twohot(value, bins) * logits)`, of which the two terms that count are read alone.
+
+    Args:
+      logits: numbers of the bins; gradients flow to them.
+      value: see `twohot`.
+      bins: see `twohot`.
+    """
+    return _mixed(logits, *_between(value, bins))
+
+
+def _between(value: Array, bins: Array) -> tuple[Array, Array]:
+    """Which bin is the last below a value, and the share of the next one."""
     value, bins = jax.lax.stop_gradient((value.astype(jnp.float32), bins))
     last = bins.shape[-1] - 1
     below = jnp.sum(prepend_axes(bins, value.ndim + 1) <= value[..., None], -1) - 1
     below = jnp.clip(below, 0, last - 1)
     lower, upper = bins[below], bins[below + 1]
-    share = (jnp.clip(value, bins[0], bins[last]) - lower) / (upper - lower)
-    offset = jnp.arange(last + 1).reshape((1,) * value.ndim + (-1,)) - below[..., None]
+    return below, (jnp.clip(value, bins[0], bins[last]) - lower) / (upper - lower)
+
+
+def _spread(below: Array, share: Array, size: int) -> Array:
+    offset = jnp.arange(size).reshape((1,) * below.ndim + (-1,)) - below[..., None]
     share = share[..., None]
     # The last factor is there for NaN alone.
     return jnp.where(offset == 0, 1 - share, jnp.where(offset == 1, share, 0 * share))
+
+
+@jax.custom_vjp
+def _mixed(x: Array, below: Array, share: Array) -> Array:
+    """What lies between the numbers `below` and the next, by the share of the next."""
+    lower, upper = (jnp.take_along_axis(x, i[..., None], -1)[..., 0] for i in (below, below + 1))
+    return (1 - share) * lower + share * upper
+
+
+_mixed.defvjp(
+    lambda x, below, share: (_mixed(x, below, share), (below, share, x.shape[-1])),
+    lambda saved, grad: (grad[..., None] * _spread(*saved), None, None),
+)
 
 
 def softmax(logits: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
@@ -123,6 +157,20 @@ def logsumexp(logits: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
     """`log(sum(exp(logits)))` over the last axis, which must be finite."""
     peak = _peak(logits)
     return jnp.log(jnp.sum(jnp.exp(logits - peak), -1)) + peak[..., 0]
+
+
+@jax.custom_vjp
+def recall_logsumexp(
+    known: Float[Array, "*batch"], logits: Float[Array, "*batch n"]
+) -> Float[Array, "*batch"]:
+    """`known`, which is `logsumexp(logits)` from before, with the gradient of computing it."""
+    return known
+
+
+recall_logsumexp.defvjp(
+    lambda known, logits: (known, (known, logits)),
+    lambda saved, grad: (None, grad[..., None] * jnp.exp(saved[1] - saved[0][..., None])),
+)
 
 
 def _peak(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:

@@ -149,6 +149,35 @@ def test_softmax_and_logsumexp_equal_those_of_jax(n):
         np.testing.assert_allclose(have[1], want[1], rtol=1e-4, atol=1e-5)
 
 
+def test_twohot_dot_is_the_sum_and_has_its_gradient():
+    rng = np.random.default_rng(0)
+    bins = numerics.symexp_bins(9)
+    values = jnp.asarray([0.0, 0.7, -3e4, 1e12, -np.inf, *np.asarray(bins)])
+    logits = jnp.asarray(rng.standard_normal((len(values), 9)), jnp.float32)
+
+    def ours(logits):
+        return jnp.sum(jnp.sin(numerics.twohot_dot(logits, values, bins)))
+
+    def plain(logits):
+        return jnp.sum(jnp.sin(jnp.sum(numerics.twohot(values, bins) * logits, -1)))
+
+    have, want = (jax.value_and_grad(f)(logits) for f in (ours, plain))
+    np.testing.assert_allclose(have[0], want[0], rtol=1e-5)
+    np.testing.assert_allclose(have[1], want[1], atol=1e-6)
+    assert np.isnan(numerics.twohot_dot(logits[0], jnp.asarray(np.nan), bins))
+
+
+def test_a_recalled_logsumexp_has_the_gradient_of_computing_it():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.standard_normal((4, 9)) * 5, jnp.float32)
+    known = numerics.logsumexp(logits)
+    recalled = lambda x: jnp.sum(jnp.sin(numerics.recall_logsumexp(known, x)))  # noqa: E731
+    computed = lambda x: jnp.sum(jnp.sin(numerics.logsumexp(x)))  # noqa: E731
+    have, want = (jax.value_and_grad(f)(logits) for f in (recalled, computed))
+    np.testing.assert_allclose(have[0], want[0])
+    np.testing.assert_allclose(have[1], want[1], rtol=1e-5, atol=1e-7)
+
+
 def test_twohot_passes_no_gradient_and_no_nan():
     bins = numerics.symexp_bins(64)
     slope = jax.grad(lambda x: jnp.sum(numerics.twohot(x, bins)[..., 40]))

@@ -250,8 +250,9 @@ def actor_critic(
         def judge(feat: Array) -> tuple[list[Array], Any]:
             heads = model.predict(fixed_model, model.split(feat), ("reward", "continue"))
             out, products = nets.remembering(value_net)(fixed_params["value"], feat)
-            judges = (heads["reward"], heads["continue"], dists.TwoHot(out["out"], bins))
-            return [x.mean() for x in judges], products
+            critic = dists.TwoHot(out["out"], bins)
+            judges = (heads["reward"], heads["continue"], critic)
+            return [x.mean() for x in judges], (products, critic.total())
 
         def judge_all(feat: Array) -> tuple[list[Array], Array, Any]:
             judged, products = judge(feat)
@@ -265,13 +266,17 @@ def actor_critic(
             cont = cont.at[0].set(1.0 - steps.is_terminal.reshape(-1))
         dream, state = dream_targets(config, state, reward, cont, values, every)
 
+        def recalled(products: Any, feat: Array) -> dists.TwoHot:
+            products, total = products
+            critic = nets.recalling(value_net)(params["value"], products, feat)
+            return dists.TwoHot(critic["out"], bins, total)
+
         def learn(feat, products, action, advantage, returns, slow_value) -> tuple[Array, ...]:
             actor = plan(nets.recalling(policy_net)(params["policy"], products[0], feat))
             log_prob = sum(actor[k].log_prob(x) for k, x in as_dict(action).items())
             entropy: Any = sum(dist.entropy() for dist in actor.values())
             score = log_prob * advantage + config.entropy * entropy
-            critic = nets.recalling(value_net)(params["value"], products[1], feat)
-            estimate = dists.TwoHot(critic["out"], bins)
+            estimate = recalled(products[1], feat)
             pull = estimate.log_prob(slow_value)
             return score, estimate.log_prob(returns) + config.slow_regularizer * pull, entropy
 
@@ -296,9 +301,8 @@ def actor_critic(
         )
         # Dreams start from these rows, so that the critic's products are known.
         rows = jax.tree.map(lambda x: x[:-1], latents)
-        products = jax.tree.map(lambda x: x[0].reshape(*lead, -1)[:-1], value_products)
-        out = nets.recalling(value_net)(params["value"], products, model.features(rows))
-        replayed = dists.TwoHot(out["out"], bins)
+        products = jax.tree.map(lambda x: x[0].reshape(*lead, *x.shape[2:])[:-1], value_products)
+        replayed = recalled(products, model.features(rows))
         replay_loss = -replayed.log_prob(targets)
         slow_start = slow_values[0].reshape(lead)[:-1]
         replay_loss -= config.slow_regularizer * replayed.log_prob(slow_start)

@@ -87,19 +87,6 @@ class BlockGRU(nn.Module):
         """What `step` multiplies with, laid out for all steps."""
         return self._laid_out(self._shared(0, 2))
 
-    def gate_bias(self, count: int = 1) -> Float[Array, "blocks 3 _ _"]:
-        """What all steps add to the gates: one bias for all columns, or one for each of `count`.
-
-        A CPU makes no vectors of a few columns. If each has a bias, features and columns are one
-        axis to the gates, which then take a seventh of the time (512 features, 8 columns).
-        """
-        blocks, size = self.config.blocks, self.config.deter // self.config.blocks
-        bias = self.gates.bias.astype(self.dtype).reshape(blocks, 3, size, 1)
-        if count == 1:
-            return bias
-        bias = jnp.broadcast_to(bias, (blocks, 3, size, count)).reshape(blocks, 3, 1, -1)
-        return jax.lax.optimization_barrier(bias)
-
     def dream_kernels(self) -> tuple[Kernels, Float[Array, "D 1"]]:
         """What `dream` multiplies with and what it adds, laid out for all steps."""
         if self.one_hot:
@@ -120,10 +107,9 @@ class BlockGRU(nn.Module):
         deter: Float[Array, "D N"],
         stoch: Float[Array, "N SK"],
         action_input: Float[Array, "D N"],
-        gate_bias: Float[Array, "blocks 3 _ _"],
     ) -> Float[Array, "D N"]:
-        """One step of the recurrence, from the precomputed `action_input` and `gate_bias`."""
-        return self._advance(kernels, deter, [self._embed_stoch(stoch)], action_input, gate_bias)
+        """One step of the recurrence, from the precomputed `action_input`."""
+        return self._advance(kernels, deter, [self._embed_stoch(stoch)], action_input)
 
     def dream(
         self,
@@ -136,7 +122,7 @@ class BlockGRU(nn.Module):
         """One step of the recurrence, from an action that only this step has."""
         action = action.astype(self.dtype) if self.one_hot else self._embed_action(action)
         read = [self._embed_stoch(stoch), action]
-        return self._advance(kernels, deter, read, base, self.gate_bias())
+        return self._advance(kernels, deter, read, base)
 
     def _shared(self, first: int, count: int) -> Float[Array, "inputs D"]:
         """The kernel from some of the three projections that all blocks share."""
@@ -167,7 +153,6 @@ class BlockGRU(nn.Module):
         deter: Float[Array, "D N"],
         read: list[Float[Array, "N _"]],
         added: Float[Array, "D M"],
-        gate_bias: Float[Array, "blocks 3 _ _"],
     ) -> Float[Array, "D N"]:
         """The next state: all blocks `read` some projections; what others give is `added`."""
         blocks = self.config.blocks
@@ -177,9 +162,9 @@ class BlockGRU(nn.Module):
         own = nets.columns(kernels.own, deter.reshape(cut)).reshape(deter.shape)
         shared = nets.columns(kernels.shared, jnp.concatenate([x0, *(x.T for x in read)]))
         x = nets.silu(self.hidden_norm(own + shared + added))
-        gates = nets.columns(kernels.gates, x.reshape(cut))
-        gates = gates.reshape(*gate_bias.shape[:3], -1) + gate_bias
-        reset, candidate, update = (gates[:, i].reshape(-1, gates.shape[-1]) for i in range(3))
+        bias = self.gates.bias.astype(self.dtype).reshape(blocks, 3, -1, 1)
+        gates = nets.columns(kernels.gates, x.reshape(cut)).reshape(blocks, 3, *cut[1:]) + bias
+        reset, candidate, update = gates[:, 0], gates[:, 1], gates[:, 2]
         update = jax.nn.sigmoid(update - 1)
-        new, old = jnp.tanh(jax.nn.sigmoid(reset) * candidate), deter.reshape(update.shape)
-        return (update * new + (1 - update) * old).reshape(deter.shape)
+        new, old = jnp.tanh(jax.nn.sigmoid(reset) * candidate), deter.reshape(cut)
+        return nets.rowwise(update * new + (1 - update) * old).reshape(deter.shape)

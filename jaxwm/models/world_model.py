@@ -176,7 +176,7 @@ def world_model(
     action_input = nets.call(core, "action_input")
     core_step, core_dream = nets.call(core, "step"), nets.call(core, "dream")
     core_kernels, posterior_kernels = nets.call(core, "kernels"), nets.call(posterior, "kernels")
-    dream_kernels, gate_bias = nets.call(core, "dream_kernels"), nets.call(core, "gate_bias")
+    dream_kernels = nets.call(core, "dream_kernels")
     token_input = nets.call(posterior, "token_input")
     posterior_logits = nets.call(posterior, "step")
     prior_logits = nets.call(prior)
@@ -226,15 +226,13 @@ def world_model(
             noise,
         )
         kernels = core_kernels(params["core"]), posterior_kernels(params["posterior"])
-        # A bias for each column pays if there are few of them, and several steps share it.
-        bias = gate_bias(params["core"], lead[1] if lead[0] > 1 and lead[1] <= 8 else 1)
 
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Latent, Array]]:
             (action, token, keep, draws), sinks = inputs
             to_core, to_posterior = nets.with_sinks(kernels, sinks)
             deter = jnp.where(keep[None], carry.deter, 0)
             stoch = jnp.where(keep[:, None], _flat(carry.stoch), 0)
-            deter = core_step(params["core"], to_core, deter, stoch, action, bias)
+            deter = core_step(params["core"], to_core, deter, stoch, action)
             logits = posterior_logits(params["posterior"], to_posterior, deter, token)
             carry = Latent(deter, sample(logits, draws))
             return carry, (carry, logits)
