@@ -81,17 +81,17 @@ def columns(
     kernel: Kernel, x: Float[Array, "*blocks inputs N"]
 ) -> Float[Array, "*blocks outputs N"]:
     """`kernel.T @ x`: a linear map with features first and the batch last."""
-    return _multiply(kernel.turned, kernel.plain, x)
+    return _multiply(kernel, kernel.turned, kernel.plain, x)
 
 
 def _columns_forward(kernel, x):
-    return _multiply(kernel.turned, kernel.plain, x), (kernel, x)
+    return _multiply(kernel, kernel.turned, kernel.plain, x), (kernel, x)
 
 
 def _columns_backward(saved, grad):
     kernel, x = saved
     none: Any = None  # no gradient at all: zeros would be added up in every step
-    grad_x = _multiply(kernel.plain, kernel.turned, grad)
+    grad_x = _multiply(kernel, kernel.plain, kernel.turned, grad)
     if kernel.sink is not None:
         return Kernel(none, none, Sink(x, grad)), grad_x
     wide = kernel.plain.dtype
@@ -102,24 +102,27 @@ def _columns_backward(saved, grad):
 columns.defvjp(_columns_forward, _columns_backward)
 
 
-def _multiply(left: Array, turned: Array, x: Array) -> Array:
-    """`left @ x`, of a matrix that lies in memory transposed too."""
-    if not _few(x, *left.shape[-2:]):
+def _multiply(kernel: Kernel, left: Array, turned: Array, x: Array) -> Array:
+    """`left @ x`, of a kernel's matrix that lies in memory transposed too."""
+    if not in_rows(kernel, x):
         return left.astype(x.dtype) @ x
     # A CPU lays the left factor out anew, which for few columns takes longer than to multiply.
     return rowwise((x.swapaxes(-1, -2) @ turned.astype(x.dtype)).swapaxes(-1, -2))
 
 
-def rowwise(x: Float[Array, "*blocks features N"]) -> Float[Array, "*blocks features N"]:
-    """`x`, computed as rows if it is a few columns, of which a CPU makes no vectors."""
-    if not _few(x, x.shape[-2]):
-        return x
-    return jax.lax.optimization_barrier(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+def in_rows(kernel: Kernel, x: Float[Array, "*blocks inputs N"]) -> bool:
+    """Whether `columns` computes rows instead: on a CPU, of few columns in a loop of several steps.
 
-
-def _few(x: Array, *features: int) -> bool:
+    A single step keeps the order of its sums, and so its bits, whatever else is computed with it.
+    """
     # XLA 0.10 crashes where blocks of less than 4 features are to be rows.
-    return jax.default_backend() == "cpu" and x.shape[-1] <= 16 and min(features) >= 8
+    large = kernel.sink is not None and min(kernel.plain.shape[-2:]) >= 8
+    return jax.default_backend() == "cpu" and large and x.shape[-1] <= 16
+
+
+def rowwise(x: Float[Array, "*blocks _ N"]) -> Float[Array, "*blocks _ N"]:
+    """`x`, of which the compiler computes rows: a CPU makes no vectors of few columns."""
+    return jax.lax.optimization_barrier(x.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 def sinks(kernels: Any, steps: int, count: int) -> Any:
@@ -127,9 +130,13 @@ def sinks(kernels: Any, steps: int, count: int) -> Any:
 
     A loop that multiplies with `with_sinks(kernels, sinks)` hands its gradient what the gradients
     of the kernels are made of, and these are products of all steps at once: otherwise every step
-    would add to them, which for large kernels means to read and write more than it multiplies.
+    would add to them, which for large kernels means to read and write more than it multiplies. A
+    single step has none.
     """
-    each = lambda kernel: _sink(kernel.plain, kernel.turned.dtype, steps, count)  # noqa: E731
+
+    def each(kernel: Kernel) -> Sink | None:
+        return _sink(kernel.plain, kernel.turned.dtype, steps, count) if steps > 1 else None
+
     return jax.tree.map(each, kernels, is_leaf=_is_kernel)
 
 

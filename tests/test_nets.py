@@ -88,11 +88,8 @@ def test_block_linear_is_a_dense_layer_of_blocks(rng):
     np.testing.assert_allclose(columns("shared", shared.T, 1, 2), each.T, atol=1e-6)
 
 
-# Few columns are computed as rows, but for the smallest kernels.
-@pytest.mark.parametrize(("inputs", "outputs", "count"), [(5, 3, 7), (8, 9, 7), (8, 9, 17)])
-def test_columns_have_the_gradients_of_a_product(rng, inputs, outputs, count):
-    kernel, x = normal(rng, 2, inputs, outputs), normal(rng, 2, inputs, count)
-    weight = normal(rng, 2, outputs, count)
+def test_columns_have_the_gradients_of_a_product(rng):
+    kernel, x, weight = normal(rng, 2, 5, 3), normal(rng, 2, 5, 7), normal(rng, 2, 3, 7)
     ours = lambda k, x: jnp.sum(weight * nets.columns(nets.kernel_of(k, "float32"), x))  # noqa: E731
     plain = lambda k, x: jnp.sum(weight * jnp.einsum("gio,gin->gon", k, x))  # noqa: E731
     have, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(kernel, x) for f in (ours, plain))
@@ -100,8 +97,11 @@ def test_columns_have_the_gradients_of_a_product(rng, inputs, outputs, count):
         np.testing.assert_allclose(have_one, want_one, rtol=1e-5, atol=1e-5)
 
 
-def test_sinks_give_the_gradients_that_steps_would_add_up(rng):
-    kernel, start, inputs = normal(rng, 2, 3, 3), normal(rng, 2, 3, 7), normal(rng, 5, 2, 3, 7)
+# Few columns of kernels that are not the smallest are computed as rows.
+@pytest.mark.parametrize(("size", "count"), [(3, 7), (8, 7), (8, 17)])
+def test_sinks_give_the_gradients_that_steps_would_add_up(rng, size, count):
+    kernel, start = normal(rng, 2, size, size), normal(rng, 2, size, count)
+    inputs = normal(rng, 5, 2, size, count)
 
     def total(kernel, start, inputs, apart):
         laid_out = nets.kernel_of(kernel, "float32")
@@ -111,7 +111,7 @@ def test_sinks_give_the_gradients_that_steps_would_add_up(rng):
             used = nets.with_sinks(laid_out, sink) if apart else laid_out
             return jnp.tanh(nets.columns(used, x) + own), x
 
-        each = (inputs, nets.sinks(laid_out, 5, 7) if apart else None)
+        each = (inputs, nets.sinks(laid_out, 5, count) if apart else None)
         last, seen = jax.lax.scan(step, start, each)
         return jnp.sum(last**2) + jnp.sum(jnp.sin(seen))
 

@@ -164,7 +164,12 @@ class BlockGRU(nn.Module):
         x = nets.silu(self.hidden_norm(own + shared + added))
         bias = self.gates.bias.astype(self.dtype).reshape(blocks, 3, -1, 1)
         gates = nets.columns(kernels.gates, x.reshape(cut)).reshape(blocks, 3, *cut[1:]) + bias
-        reset, candidate, update = gates[:, 0], gates[:, 1], gates[:, 2]
+        # Columns lie in memory feature by feature, whatever the block; rows block by block.
+        rows = nets.in_rows(kernels.gates, deter)
+        reset, candidate, update, old = (
+            part.reshape(cut if rows else deter.shape)
+            for part in (gates[:, 0], gates[:, 1], gates[:, 2], deter)
+        )
         update = jax.nn.sigmoid(update - 1)
-        new, old = jnp.tanh(jax.nn.sigmoid(reset) * candidate), deter.reshape(cut)
-        return nets.rowwise(update * new + (1 - update) * old).reshape(deter.shape)
+        new = update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * old
+        return (nets.rowwise(new) if rows else new).reshape(deter.shape)
