@@ -33,7 +33,7 @@ test: $(DEV) ## run the tests, with the coverage gate
 	$(PY) -m pytest $(TESTS) $(LONG:%=--ignore=%) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov
 
 test-long: $(DEV) ## learn the toys to their optimum; train on many fake devices; kill runs, fill disks
-	$(PY) -m pytest $(LONG) -n $(WORKERS) --dist loadfile
+	$(PY) -m pytest $(LONG) -n $(WORKERS) --dist loadgroup
 
 lint: $(DEV) ## check style and types
 	$(PY) -m ruff check .

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("devices")  # they share what one training found
 DRIVER = Path(__file__).with_name("driver.py")
 COUNTS = ("1", "2", "4", "8")
 
