@@ -7,7 +7,8 @@ state, so the recurrent product costs 1/blocks of a dense one.
 What does not depend on the recurrent carry, the action's whole path, is `action_input`: it is
 computed for all steps at once, and only `step` stays inside the scan. There the deterministic
 state is (D, N), features first and the batch last: cutting it into blocks is then free, every
-gate is one contiguous slab, and no product needs a transposition.
+gate is one contiguous slab, and no product needs a transposition. Of few columns a CPU computes
+rows instead: see `nets.in_rows`.
 
 In a dream, where actions come one at a time, the path of an action that is one of few choices has
 as many outcomes: they are a table, which its one-hot multiplies.
