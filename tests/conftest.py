@@ -7,6 +7,7 @@ have no effect afterwards.
 import importlib.metadata
 import os
 import pathlib
+from collections.abc import Generator
 
 # A quarter of the compile time of the defaults, with the same numbers. How fast a program then runs
 # hardly matters: compiling is what tests do most. Releases that may not know a flag go without.
@@ -39,6 +40,20 @@ _LONG = ("test_train_host", "test_sweep", "test_train")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(_LONG)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
+    """Tests marked no_cover have their fixtures untraced too: pytest-cov sees to calls alone."""
+    cov = item.config.pluginmanager.get_plugin("_cov")
+    paused = cov and cov.cov_controller and item.get_closest_marker("no_cover")
+    if paused:
+        cov.cov_controller.pause()
+    try:
+        return (yield)
+    finally:
+        if paused:
+            cov.cov_controller.resume()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

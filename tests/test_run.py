@@ -77,6 +77,7 @@ def still(monkeypatch):
     monkeypatch.setattr(train, "make_agent", make)
 
 
+@pytest.mark.no_cover
 def test_seeds_side_by_side_are_told_apart(tiny, tmp_path, capsys):
     config = dataclasses.replace(tiny, seeds=2, seed=5, steps=80, log_every=80)
     with jax.debug_key_reuse(False):

@@ -110,6 +110,7 @@ def reuse_unchecked():
     jax.config.update("jax_debug_key_reuse", True)
 
 
+@pytest.mark.no_cover
 def test_seeds_side_by_side(config, reuse_unchecked):
     state, metrics = played(dataclasses.replace(config, seeds=2), scripted.chain(), 4)
     assert state.row.reward.shape == (2, 4) and metrics["loss/total"].shape == (2,)
