@@ -29,7 +29,8 @@ OPTIONS = {
 def jit(function: Callable[..., Any], **settings: Any) -> Any:
     """`jax.jit(function, **settings)` with `options()`.
 
-    For the outermost of nested functions: the options are those of a whole program.
+    For the outermost of nested functions: the options are those of a whole program. On a CPU the
+    process keeps what programs free, see `heap.keep`.
     """
     if jax.default_backend() == "cpu":
         heap.keep()
