@@ -5,6 +5,7 @@ move by a hundredth per update. Statistics are NamedTuple states: an `_init`, an
 that mixes in one batch, and a `_scale` that reads the state.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -114,7 +115,7 @@ def twohot_dot(
       value: see `twohot`.
       bins: see `twohot`.
     """
-    return _mixed(logits, *_between(value, bins))
+    return _mixed(logits, *_between(value, bins), bins.shape[-1])
 
 
 def _between(value: Array, bins: Array) -> tuple[Array, Array]:
@@ -134,16 +135,16 @@ def _spread(below: Array, share: Array, size: int) -> Array:
     return jnp.where(offset == 0, 1 - share, jnp.where(offset == 1, share, 0 * share))
 
 
-@jax.custom_vjp
-def _mixed(x: Array, below: Array, share: Array) -> Array:
-    """What lies between the numbers `below` and the next, by the share of the next."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _mixed(x: Array, below: Array, share: Array, size: int) -> Array:
+    """What lies between the numbers `below` and the next of `size`, by the share of the next."""
     lower, upper = (jnp.take_along_axis(x, i[..., None], -1)[..., 0] for i in (below, below + 1))
     return (1 - share) * lower + share * upper
 
 
 _mixed.defvjp(
-    lambda x, below, share: (_mixed(x, below, share), (below, share, x.shape[-1])),
-    lambda saved, grad: (grad[..., None] * _spread(*saved), None, None),
+    lambda x, below, share, size: (_mixed(x, below, share, size), (below, share)),
+    lambda size, saved, grad: (grad[..., None] * _spread(saved[0], saved[1], size), None, None),
 )
 
 
