@@ -9,6 +9,9 @@ environment of its own, made by this script under `--venvs`, and a process of it
 (`peer_worker.py`). They take turns: one works, the others sleep, and each turn is one update, or
 some steps of the whole training loop. One line of JSON holds all times of one kind of work and the
 ratios of medians. A peer that cannot be had here is in it too, with the reason in words.
+
+All compute in float32. On CPUs with units for bfloat16 this package takes part a second time, as
+`jaxwm_bfloat16`, with products whose factors are rounded (`jaxwm.compiler`).
 """
 
 import argparse
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lines import emit, machine
-from jaxwm import heap
+from jaxwm import compiler, heap
 from jaxwm.envs.host import cores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +47,10 @@ REQUIREMENTS = {
         "numpy<2 chex einops jaxtyping optax ruamel.yaml gymnasium"
     ],
 }
+
+
+# This package's environments.
+OURS = {"jaxwm": {}, "jaxwm_bfloat16": {"JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"}}
 
 
 class Failure(Exception):
@@ -205,7 +212,8 @@ def main() -> None:
     shards = range(1, cores() + 1)
     divide = [x for x in shards if args.batch % x == 0 and args.envs % x == 0]
     args.shards = args.shards or max(divide)
-    pythons: dict[str, Path | str] = {"jaxwm": sys.executable}
+    ours = [name for name in OURS if name == "jaxwm" or compiler.has_halves()]
+    pythons: dict[str, Path | str] = dict.fromkeys(ours, sys.executable)
     absent: dict[str, dict[str, Any]] = {}
     for peer in [*args.peers, *(["reference"] if args.reference else [])]:
         try:
@@ -227,15 +235,16 @@ def main() -> None:
         job |= {x: getattr(args, x) for x in ("envs", "ratio", "steps", "shards")}
         job["path"] = str(args.reference.resolve()) if args.reference else ""
         # The packages have no loop that would be the same work.
-        names = [x for x in pythons if work == "update" or x in ("jaxwm", "reference")]
+        names = [x for x in pythons if work == "update" or x in (*OURS, "reference")]
         with tempfile.TemporaryDirectory() as folder:
 
             def start(name: str, job: dict = job, folder: str = folder) -> Worker:
-                ours = name == "jaxwm"
-                log, paths = Path(folder) / f"{name}.log", str(ROOT) if ours else ""
+                log = Path(folder) / f"{name}.log"
+                if name not in OURS:
+                    return Worker(pythons[name], job | {"peer": name}, log, "")
                 # This package as `jaxwm train` runs it.
-                env = heap.with_large_pages(os.environ) if ours else os.environ
-                return Worker(pythons[name], job | {"peer": name}, log, paths, env)
+                env = heap.with_large_pages(os.environ) | OURS[name]
+                return Worker(pythons[name], job | {"peer": "jaxwm"}, log, str(ROOT), env)
 
             found = summary(compare(names, start, args.repeats)) | absent
         for name, result in found.items():

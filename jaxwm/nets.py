@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxwm import compiler
 from jaxwm.types import Array, Float
 
 silu = nn.silu
@@ -48,6 +49,24 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), self.axis, keepdims=True) + 1e-4)
         return (wide * inverse * _over(scale, wide, self.axis)).astype(x.dtype)
+
+
+def multiply(left: Array, right: Array, dtype: Any = None) -> Array:
+    """`left @ right`, as `dtype` if one is given.
+
+    Where `compiler.halves` says so, the factors are rounded to bfloat16 and summed in float32.
+    """
+    dtype = dtype or jnp.result_type(left, right)
+    if not compiler.halves():
+        return jnp.matmul(left, right, preferred_element_type=dtype)
+    # XLA on a CPU multiplies halves only where neither factors nor product are turned. A row cannot
+    # be the transpose of another array, and of a product behind a barrier no other order is made.
+    left, right = (
+        jax.lax.optimization_barrier(x.astype(jnp.bfloat16).ravel()).reshape(x.shape)
+        for x in (left, right)
+    )
+    product = jnp.matmul(left, right, precision="default", preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(product).astype(dtype)
 
 
 class Sink(NamedTuple):
@@ -94,20 +113,18 @@ def _columns_backward(saved, grad):
     grad_x = _multiply(kernel, kernel.plain, kernel.turned, grad)
     if kernel.sink is not None:
         return Kernel(none, none, Sink(x, grad)), grad_x
-    wide = kernel.plain.dtype
-    grad_kernel = jnp.matmul(x, jnp.swapaxes(grad, -1, -2), preferred_element_type=wide)
-    return Kernel(grad_kernel, none), grad_x
+    return Kernel(multiply(x, grad.swapaxes(-1, -2), kernel.plain.dtype), none), grad_x
 
 
 columns.defvjp(_columns_forward, _columns_backward)
 
 
-def _multiply(kernel: Kernel, left: Array, turned: Array, x: Array) -> Array:
-    """`left @ x`, of a kernel's matrix that lies in memory transposed too."""
+def _multiply(kernel: Kernel, left: Array, right: Array, x: Array) -> Array:
+    """`left @ x`, of a kernel's matrix that lies in memory transposed too, as `right`."""
     if not in_rows(kernel, x):
-        return left.astype(x.dtype) @ x
+        return multiply(left.astype(x.dtype), x)
     # A CPU lays the left factor out anew, which for few columns takes longer than to multiply.
-    return rowwise((x.swapaxes(-1, -2) @ turned.astype(x.dtype)).swapaxes(-1, -2))
+    return rowwise(multiply(x.swapaxes(-1, -2), right.astype(x.dtype)).swapaxes(-1, -2))
 
 
 def in_rows(kernel: Kernel, x: Float[Array, "*blocks inputs N"]) -> bool:
@@ -160,8 +177,9 @@ def _sink(plain: Array, dtype: Any, steps: int, count: int) -> Sink:
 
 
 def _sink_backward(dtype, steps, count, saved, full):
-    grad = jnp.einsum("t...in,t...on->...io", *full, preferred_element_type=jnp.float32)
-    return (grad,)
+    # The products of all steps lie side by side, as one product's sums.
+    x, grad = (jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], -1) for y in full)
+    return (multiply(x, grad.swapaxes(-1, -2), jnp.float32),)
 
 
 _sink.defvjp(lambda plain, *sizes: (_sink(plain, *sizes), None), _sink_backward)
@@ -172,7 +190,7 @@ def product(
     x: Float[Array, "*lead inputs"], kernel: Float[Array, "inputs outputs"]
 ) -> Float[Array, "*lead outputs"]:
     """`x @ kernel`, whose gradients are fast on CPU too; it has no forward-mode derivative."""
-    return x @ kernel
+    return multiply(x, kernel)
 
 
 def _product_backward(saved, grad):
@@ -183,13 +201,13 @@ def _product_backward(saved, grad):
     # 640 inputs and 64 outputs the gradient of the kernel takes 0.4 of the time then. The barrier
     # keeps the compiler from swapping them.
     if outputs < inputs:
-        grad_kernel = jax.lax.optimization_barrier(grads.T @ rows).T
+        grad_kernel = jax.lax.optimization_barrier(multiply(grads.T, rows)).T
     else:
-        grad_kernel = rows.T @ grads
-    return grad @ kernel.T, grad_kernel
+        grad_kernel = multiply(rows.T, grads)
+    return multiply(grad, kernel.T), grad_kernel
 
 
-product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+product.defvjp(lambda x, kernel: (multiply(x, kernel), (x, kernel)), _product_backward)
 
 
 @jax.custom_vjp

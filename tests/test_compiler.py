@@ -57,6 +57,23 @@ def test_options_that_this_release_does_not_know_are_left_out(monkeypatch):
     assert compiler.options() == {}
 
 
+def test_halves_are_for_who_asks_for_them_and_can_gain_by_them(monkeypatch):
+    assert not compiler.halves()
+    for asked in ("bfloat16", "BF16_BF16_F32"):
+        with jax.default_matmul_precision(asked):
+            for can in (True, False):
+                monkeypatch.setattr(compiler, "has_halves", lambda can=can: can)
+                assert compiler.halves() is can
+                wanted = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT" if can else ""
+                assert compiler.options() == OPTIONS | {LIBRARY: wanted}
+    monkeypatch.setattr(compiler, "has_halves", lambda: True)
+    with jax.default_matmul_precision("float32"):
+        assert not compiler.halves()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with jax.default_matmul_precision("bfloat16"):
+        assert not compiler.halves()
+
+
 def test_an_inner_function_cannot_be_compiled_apart():
     with pytest.raises(Exception, match="compiler_options"):
         jax.jit(lambda x: compiler.jit(product)(x))(SQUARE)

@@ -1,13 +1,17 @@
 """Layers against numpy loops and numbers worked by hand."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxwm import nets
+from jaxwm import compiler, nets
 from jaxwm.models.gru import BlockGRU, BlockGRUConfig
+
+needs_halves = pytest.mark.skipif(not compiler.has_halves(), reason="no units for bfloat16")
 
 
 @pytest.fixture
@@ -119,6 +123,65 @@ def test_sinks_give_the_gradients_that_steps_would_add_up(rng, size, count):
     have, want = (gradients(kernel, start, inputs, apart) for apart in (True, False))
     for have_one, want_one in zip(*map(jax.tree.leaves, (have, want)), strict=True):
         np.testing.assert_allclose(have_one, want_one, rtol=1e-5, atol=1e-5)
+
+
+def rounded(x):
+    return np.asarray(x.astype(jnp.bfloat16), np.float64)
+
+
+@needs_halves
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 16), (16, 64)])
+def test_products_of_halves_sum_rounded_factors_in_float32(rng, inputs, outputs):
+    x, kernel, grad = (
+        normal(rng, 33, inputs),
+        normal(rng, inputs, outputs),
+        normal(rng, 33, outputs),
+    )
+
+    def with_gradients(x, kernel, grad):
+        y, back = jax.vjp(nets.product, x, kernel)
+        return y, *back(grad)
+
+    with jax.default_matmul_precision("bfloat16"):
+        have = compiler.jit(with_gradients)(x, kernel, grad)
+    x, kernel, grad = map(rounded, (x, kernel, grad))
+    for have_one, want in zip(have, (x @ kernel, grad @ kernel.T, x.T @ grad), strict=True):
+        assert have_one.dtype == jnp.float32
+        np.testing.assert_allclose(have_one, want, rtol=1e-5, atol=1e-5)
+
+
+# As rows and as columns, of a population.
+@needs_halves
+@pytest.mark.parametrize("count", [8, 17])
+def test_no_product_of_a_loop_of_halves_is_computed_in_float32(rng, count):
+    kernel, start = normal(rng, 8, 8) / 3, normal(rng, 3, 8, count)
+    inputs = normal(rng, 5, 8, count)
+
+    def total(kernel, start):
+        laid_out = nets.kernel_of(kernel, "float32")
+
+        def step(x, given):
+            own, sink = given
+            x = jnp.tanh(nets.columns(nets.with_sinks(laid_out, sink), x) + own)
+            return x, nets.product(x.T, kernel)
+
+        last, seen = jax.lax.scan(step, start, (inputs, nets.sinks(laid_out, 5, count)))
+        return jnp.sum(last**2) + jnp.sum(jnp.sin(seen))
+
+    def gradients():
+        each = jax.vmap(jax.grad(lambda *x: total(*x), (0, 1)), (None, 0))
+        return compiler.jit(each).lower(kernel, start).compile()
+
+    want = gradients()(kernel, start)
+    with jax.default_matmul_precision("bfloat16"):
+        compiled = gradients()
+        have = compiled(kernel, start)
+    text = compiled.as_text()
+    kinds = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", text))
+    factors = re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\)", text)
+    assert len(factors) >= 5 and {kinds[x] for pair in factors for x in pair} == {"bf16"}
+    for have_one, want_one in zip(have, want, strict=True):
+        assert 0 < np.linalg.norm(have_one - want_one) < 0.02 * np.linalg.norm(want_one)
 
 
 def test_gradients_of_many_steps_add_up_in_full_precision():
