@@ -9,7 +9,7 @@ it waits it sleeps. What the peers print goes to stderr.
 
 Every peer gets the same work: B windows of T rows, dreams of 15 steps from all B * T latents, 24
 numbers as observation and 6 continuous actions, or 64x64 colour images and 6 choices; the sizes of
-the networks are those of DreamerV3's `size1m` and `size12m`, in float32.
+the networks are those of DreamerV3's `size1m` and `size12m`.
 """
 
 import dataclasses
@@ -240,7 +240,7 @@ def _reference(job: dict[str, Any]) -> tuple[Any, Any]:
             "logdir": tempfile.mkdtemp(prefix="reference-"),
             "batch_size": job["batch"],
             "batch_length": job["length"],
-            "jax": {"platform": "cpu", "compute_dtype": "float32", "prealloc": False},
+            "jax": {"platform": "cpu", "compute_dtype": job["dtype"], "prealloc": False},
             # Neither its reports nor its logs and checkpoints are part of the work.
             "agent.report": False,
             "run": {
@@ -294,7 +294,7 @@ def dreamerv3_update(job: dict[str, Any]) -> Built:
     layers = {"mlp_layers": 3, "mlp_units": units, "cnn_depth": depth, **keys}
     config = embodied.Config(dreamerv3.configs["defaults"]).update(
         {
-            "jax": {"platform": "cpu", "precision": "float32", "prealloc": False},
+            "jax": {"platform": "cpu", "precision": job["dtype"], "prealloc": False},
             "batch_size": job["batch"],
             "batch_length": job["length"],
             "rssm": {"deter": deter, "units": units, "classes": classes},
@@ -362,6 +362,7 @@ def sheeprl_update(job: dict[str, Any]) -> Built:
                 f"algo.world_model.recurrent_model.hidden_size={units}",
                 f"algo.compile.enabled={job['compile']}",
                 "algo.compile.mode=default",
+                f"fabric.precision={'32-true' if job['dtype'] == 'float32' else 'bf16-mixed'}",
             ],
         )
     cfg = dotdict(OmegaConf.to_container(composed, resolve=True))

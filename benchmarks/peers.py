@@ -10,8 +10,9 @@ environment of its own, made by this script under `--venvs`, and a process of it
 some steps of the whole training loop. One line of JSON holds all times of one kind of work and the
 ratios of medians. A peer that cannot be had here is in it too, with the reason in words.
 
-All compute in float32. On CPUs with units for bfloat16 this package takes part a second time, as
-`jaxwm_bfloat16`, with products whose factors are rounded (`jaxwm.compiler`).
+All compute in float32, the others with `--dtype bfloat16` in that. On CPUs with units for bfloat16
+this package takes part a second time, as `jaxwm_bfloat16`, with products whose factors are rounded
+(`jaxwm.compiler`).
 """
 
 import argparse
@@ -206,6 +207,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="turns of each")
     parser.add_argument("--warmup", type=int, default=2, help="turns before, not counted")
     parser.add_argument("--compile", action="store_true", help="let sheeprl use torch.compile")
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help="of the others")
     parser.add_argument("--venvs", type=Path, default=ROOT / ".cache" / "peers")
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
@@ -231,7 +234,7 @@ def main() -> None:
     kinds += [("loop", size, "vector") for size in args.size] * ("loop" in args.work)
     for work, size, obs in kinds:
         job = {"work": work, "size": size, "obs": obs}
-        job |= {x: getattr(args, x) for x in ("batch", "length", "warmup", "compile")}
+        job |= {x: getattr(args, x) for x in ("batch", "length", "warmup", "compile", "dtype")}
         job |= {x: getattr(args, x) for x in ("envs", "ratio", "steps", "shards")}
         job["path"] = str(args.reference.resolve()) if args.reference else ""
         # The packages have no loop that would be the same work.
@@ -249,9 +252,9 @@ def main() -> None:
             found = summary(compare(names, start, args.repeats)) | absent
         for name, result in found.items():
             result["versions"] = about.get(name, {})
-        kept = ("work", "size", "obs", "batch", "length", "shards")
+        kept = ("work", "size", "obs", "batch", "length", "shards", "dtype")
         kept += ("envs", "ratio", "steps") if work == "loop" else ()
-        line = {name: job[name] for name in kept} | {"dtype": "float32", "peers": found}
+        line = {name: job[name] for name in kept} | {"peers": found}
         emit(line | machine(), args.out)
 
 
