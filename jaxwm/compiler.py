@@ -3,7 +3,8 @@
 On a CPU, XLA hands products and reductions to the library YNNPACK. Without it an update takes
 about 7 % less time with vectors and 16 % less with images (size1m, jax 0.10.2, two cores; at
 size12m 3 % more, of three turns). Vectors of 512 bits, where a CPU has them, take another 3 % off.
-Temporary memory comes in pieces that `jaxwm.heap` keeps between one run of a program and the next.
+Temporary memory comes in pieces that `jaxwm.heap` keeps between one run of a program and the next,
+unless programs are kept on disk: XLA writes none whose memory is in several pieces.
 What a user's XLA_FLAGS say of an option stays as they say.
 
 On CPUs with units for bfloat16 (AVX512-BF16 or AMX) JAX_DEFAULT_MATMUL_PRECISION=bfloat16, which
@@ -22,12 +23,13 @@ import jax
 from jaxwm import heap
 
 LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
+PIECES = "xla_multiheap_size_constraint_per_heap"
 OPTIONS = {
     "cpu": {
         LIBRARY: "",
         "xla_cpu_prefer_vector_width": "512",
         # Of an array that is larger XLA says so, and gives it a piece of its own.
-        "xla_multiheap_size_constraint_per_heap": str(heap.PIECE),
+        PIECES: str(heap.PIECE),
     }
 }
 
@@ -62,9 +64,12 @@ def has_halves() -> bool:
 
 def options() -> dict[str, str]:
     """The present backend's options that this release of XLA knows and the user leaves open."""
-    wanted = OPTIONS.get(jax.default_backend(), {})
+    wanted = dict(OPTIONS.get(jax.default_backend(), {}))
+    config: Any = jax.config
+    if config.jax_enable_compilation_cache and config.jax_compilation_cache_dir:
+        wanted.pop(PIECES, None)
     if halves():
-        wanted = wanted | {LIBRARY: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+        wanted[LIBRARY] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
     named = os.environ.get("XLA_FLAGS", "")
     return {x: value for x, value in wanted.items() if x not in named and _known(x, value)}
 

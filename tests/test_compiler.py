@@ -1,7 +1,9 @@
 """What programs are compiled with."""
 
 import ctypes
+import pathlib
 import resource
+import uuid
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,16 @@ from jaxwm import compiler, heap
 
 OPTIONS = compiler.OPTIONS["cpu"]
 LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
-pytestmark = pytest.mark.skipif(compiler.options() != OPTIONS, reason="not known to this XLA")
+WRITTEN = {x: value for x, value in OPTIONS.items() if x != compiler.PIECES}
+pytestmark = pytest.mark.skipif(compiler.options() != WRITTEN, reason="not known to this XLA")
 SQUARE = jnp.ones((256, 256))
+
+
+@pytest.fixture
+def no_cache():
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 def product(x):
@@ -25,12 +35,37 @@ def test_programs_are_compiled_with_the_options():
     assert "ynn" in jax.jit(product).lower(SQUARE).compile().as_text()
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="it is not glibc")
-def test_temporary_memory_is_kept_from_one_run_to_the_next():
-    def large(x):  # many arrays of 8 MiB, all of them needed at the end
-        wide = [jnp.cumsum(x * index, -1) for index in range(11)]
-        return sum(jnp.cumsum(y, 0)[::-1] for y in reversed(wide))
+def large(x):  # many arrays of 8 MiB, all of them needed at the end
+    wide = [jnp.cumsum(x * index, -1) for index in range(11)]
+    return sum(jnp.cumsum(y, 0)[::-1] for y in reversed(wide))
 
+
+@pytest.fixture
+def every_program_is_kept():
+    least = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, least)
+    jax.config.update(least, 0.0)
+    yield
+    jax.config.update(least, before)
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_programs_are_kept_on_disk_where_programs_are(every_program_is_kept):
+    def fresh(x):
+        return large(x)
+
+    fresh.__name__ = f"fresh_{uuid.uuid4().hex}"
+    folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
+    compiled = compiler.jit(fresh).lower(jnp.ones((2048, 1024))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes > 2 * heap.PIECE
+    kept = list(folder.glob(f"jit_{fresh.__name__}-*"))
+    assert kept
+    for path in kept:
+        path.unlink()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="it is not glibc")
+def test_temporary_memory_is_kept_from_one_run_to_the_next(no_cache):
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         jax.block_until_ready(compiled(x))
@@ -43,21 +78,21 @@ def test_temporary_memory_is_kept_from_one_run_to_the_next():
     assert min(faults() for _ in range(5)) < temporary / resource.getpagesize() / 10
 
 
-def test_what_a_user_says_of_an_option_stays(monkeypatch):
+def test_what_a_user_says_of_an_option_stays(monkeypatch, no_cache):
     monkeypatch.setenv("XLA_FLAGS", f"--{LIBRARY}=LIBRARY_FUSION_TYPE_DOT")
     assert LIBRARY not in compiler.options()
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true")
     assert compiler.options() == OPTIONS
 
 
-def test_options_that_this_release_does_not_know_are_left_out(monkeypatch):
+def test_options_that_this_release_does_not_know_are_left_out(monkeypatch, no_cache):
     monkeypatch.setitem(compiler.OPTIONS, "cpu", {"xla_cpu_no_such_option": "1", **OPTIONS})
     assert compiler.options() == OPTIONS
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert compiler.options() == {}
 
 
-def test_halves_are_for_who_asks_for_them_and_can_gain_by_them(monkeypatch):
+def test_halves_are_for_who_asks_for_them_and_can_gain_by_them(monkeypatch, no_cache):
     assert not compiler.halves()
     for asked in ("bfloat16", "BF16_BF16_F32"):
         with jax.default_matmul_precision(asked):
