@@ -50,7 +50,7 @@ REQUIREMENTS = {
 }
 
 
-# This package's environments.
+# How this package takes part, and what is set in its environment for it.
 OURS = {"jaxwm": {}, "jaxwm_bfloat16": {"JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"}}
 
 

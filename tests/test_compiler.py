@@ -20,9 +20,10 @@ SQUARE = jnp.ones((256, 256))
 
 @pytest.fixture
 def no_cache():
+    before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_enable_compilation_cache", before)
 
 
 def product(x):
