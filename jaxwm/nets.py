@@ -62,11 +62,22 @@ def multiply(left: Array, right: Array, dtype: Any = None) -> Array:
     # XLA on a CPU multiplies halves only where neither factors nor product are turned. A row cannot
     # be the transpose of another array, and of a product behind a barrier no other order is made.
     left, right = (
-        jax.lax.optimization_barrier(x.astype(jnp.bfloat16).ravel()).reshape(x.shape)
+        jax.lax.optimization_barrier(_halve(x).ravel()).reshape(x.shape)
         for x in (left, right)
     )
     product = jnp.matmul(left, right, precision="default", preferred_element_type=jnp.float32)
     return jax.lax.optimization_barrier(product).astype(dtype)
+
+
+def _halve(x: Array) -> Array:
+    """`x` rounded to bfloat16, halfway cases away from zero, and not differentiable.
+
+    For a plain conversion LLVM makes vectors half as long, of what is fused with it too.
+    """
+    if x.dtype != jnp.float32:
+        return x.astype(jnp.bfloat16)
+    upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)) >> 16
+    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
 
 
 class Sink(NamedTuple):
