@@ -59,25 +59,29 @@ def multiply(left: Array, right: Array, dtype: Any = None) -> Array:
     dtype = dtype or jnp.result_type(left, right)
     if not compiler.halves():
         return jnp.matmul(left, right, preferred_element_type=dtype)
-    # XLA on a CPU multiplies halves only where neither factors nor product are turned. A row cannot
-    # be the transpose of another array, and of a product behind a barrier no other order is made.
-    left, right = (
-        jax.lax.optimization_barrier(_halve(x).ravel()).reshape(x.shape)
-        for x in (left, right)
-    )
+    left, right = _half(left), _half(right)
     product = jnp.matmul(left, right, precision="default", preferred_element_type=jnp.float32)
+    # Of a product behind a barrier no other order is made: XLA would not multiply halves then.
     return jax.lax.optimization_barrier(product).astype(dtype)
 
 
-def _halve(x: Array) -> Array:
-    """`x` rounded to bfloat16, halfway cases away from zero, and not differentiable.
+def halved(x: Array) -> Array:
+    """`x` as `multiply` reads it: where products are of halves, the bits (uint16) of its half.
 
-    For a plain conversion LLVM makes vectors half as long, of what is fused with it too.
+    For what is kept to be multiplied only. It is rounded to bfloat16, halfway cases away from zero,
+    and has no derivative.
     """
-    if x.dtype != jnp.float32:
-        return x.astype(jnp.bfloat16)
-    upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)) >> 16
-    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+    if not compiler.halves() or x.dtype == jnp.uint16:
+        return x
+    # For a plain conversion LLVM makes vectors half as long, of what is fused with it too.
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    return ((bits + jnp.uint32(0x8000)) >> 16).astype(jnp.uint16)
+
+
+def _half(x: Array) -> Array:
+    # XLA on a CPU multiplies only halves that are not turned, and a row is no other's transpose.
+    row = jax.lax.optimization_barrier(halved(x).ravel())
+    return jax.lax.bitcast_convert_type(row, jnp.bfloat16).reshape(x.shape)
 
 
 class Sink(NamedTuple):
@@ -201,7 +205,7 @@ def product(
     x: Float[Array, "*lead inputs"], kernel: Float[Array, "inputs outputs"]
 ) -> Float[Array, "*lead outputs"]:
     """`x @ kernel`, whose gradients are fast on CPU too; it has no forward-mode derivative."""
-    return multiply(x, kernel)
+    return multiply(x, kernel, kernel.dtype)
 
 
 def _product_backward(saved, grad):
@@ -212,13 +216,17 @@ def _product_backward(saved, grad):
     # 640 inputs and 64 outputs the gradient of the kernel takes 0.4 of the time then. The barrier
     # keeps the compiler from swapping them.
     if outputs < inputs:
-        grad_kernel = jax.lax.optimization_barrier(multiply(grads.T, rows)).T
+        grad_kernel = jax.lax.optimization_barrier(multiply(grads.T, rows, kernel.dtype)).T
     else:
-        grad_kernel = multiply(rows.T, grads)
-    return multiply(grad, kernel.T), grad_kernel
+        grad_kernel = multiply(rows.T, grads, kernel.dtype)
+    # What `halved` has made is not learned from.
+    grad_x = None if x.dtype == jnp.uint16 else multiply(grad, kernel.T, x.dtype)
+    return grad_x, grad_kernel
 
 
-product.defvjp(lambda x, kernel: (multiply(x, kernel), (x, kernel)), _product_backward)
+product.defvjp(
+    lambda x, kernel: (multiply(x, kernel, kernel.dtype), (x, kernel)), _product_backward
+)
 
 
 @jax.custom_vjp
@@ -257,7 +265,7 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
         if self.has_variable("products", "product"):
             known = self.get_variable("products", "product")
-            known = recall(known, x.astype(self.dtype), self.kernel.astype(self.dtype))
+            known = recall(known, self._factor(x), self.kernel.astype(self.dtype))
         else:
             known = self.rows(x, 0)
             if self.is_mutable_collection("products"):
@@ -271,7 +279,11 @@ class Linear(nn.Module):
     def rows(self, x: Float[Array, "*lead part"], start: int) -> Float[Array, "*lead outputs"]:
         """`x @ kernel[start : start + part]`, without the bias."""
         kernel = self.kernel[start : start + x.shape[-1]]
-        return product(x.astype(self.dtype), kernel.astype(self.dtype))
+        return product(self._factor(x), kernel.astype(self.dtype))
+
+    def _factor(self, x: Array) -> Array:
+        """`x` in the compute type, or as `halved` has it."""
+        return x if x.dtype == jnp.uint16 else x.astype(self.dtype)
 
     def columns(self, x: Float[Array, "inputs N"]) -> Float[Array, "N outputs"]:
         """`x.T @ kernel`, without the bias."""

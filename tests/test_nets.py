@@ -150,6 +150,25 @@ def test_products_of_halves_sum_rounded_factors_in_float32(rng, inputs, outputs)
         np.testing.assert_allclose(have_one, want, rtol=1e-5, atol=1e-5)
 
 
+@needs_halves
+def test_halves_are_the_nearest_and_are_multiplied_as_they_are(rng):
+    x, kernel = normal(rng, 33, 64), normal(rng, 64, 16)
+    # Bfloat16 has 8 binary digits: after 1 comes 1 + 2**-7, and after -2 comes -2 - 2**-6.
+    given = [1 + 2**-9, 1 + 2**-8, 1 + 3 * 2**-9, -2 - 2**-7, 0.0, 3.4e38, np.inf, np.nan]
+    nearest = [1, 1 + 2**-7, 1 + 2**-7, -2 - 2**-6, 0, np.inf, np.inf, np.nan]
+    assert nets.halved(x) is x
+    with jax.default_matmul_precision("bfloat16"):
+        bits = nets.halved(jnp.asarray(given, jnp.float32))
+        kept = nets.halved(x)
+        assert nets.halved(kept) is kept
+        have, grad = jax.value_and_grad(lambda w: nets.product(kept, w).sum())(kernel)
+        want, same = jax.value_and_grad(lambda w: nets.product(x, w).sum())(kernel)
+    values = jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(values, nearest)
+    assert have == want
+    np.testing.assert_array_equal(grad, same)
+
+
 # As rows and as columns, of a population.
 @needs_halves
 @pytest.mark.parametrize("count", [8, 17])

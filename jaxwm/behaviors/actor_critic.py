@@ -241,11 +241,11 @@ def actor_critic(
         # only when all have been, so that their products are kept until then.
         def step(feat: Array, draws: dict[str, Array]) -> tuple[Action, Any]:
             out, products = nets.remembering(policy_net)(fixed_params["policy"], feat)
-            return draw(plan(out), draws), products
+            return draw(plan(out), draws), (feat, products)
 
         dreamt = model.imagine(fixed_model, start, step, prior_noise, action_noise)
-        imagined, actions, policy_products = sg(dreamt)
-        feat = model.features(imagined)
+        imagined, actions, (feat, policy_products) = sg(dreamt)
+        last = nets.halved(model.features(imagined)[-1])
 
         def judge(feat: Array) -> tuple[list[Array], Any]:
             heads = model.predict(fixed_model, model.split(feat), ("reward", "continue"))
@@ -259,8 +259,8 @@ def actor_critic(
             return judged, value(slow, feat).mean(), products
 
         # The last state apart from the others, which the dream stacked: together they are copied.
-        judged, slow_values, value_products = sg(nets.by_slices(judge_all, feat[:-1]))
-        judged = zip(judged, judge(feat[-1])[0], strict=True)
+        judged, slow_values, value_products = sg(nets.by_slices(judge_all, feat))
+        judged = zip(judged, judge(last)[0], strict=True)
         reward, cont, values = sg([jnp.concatenate([xs, x[None]]) for xs, x in judged])
         if config.start_weight == "true":
             cont = cont.at[0].set(1.0 - steps.is_terminal.reshape(-1))
@@ -282,7 +282,7 @@ def actor_critic(
 
         score, fit, entropy = nets.by_slices(
             learn,
-            feat[:-1],
+            feat,
             (policy_products, value_products),
             actions,
             dream.advantage,

@@ -100,7 +100,7 @@ class BlockGRU(nn.Module):
     def action_input(self, action: Float[Array, "*lead N A"]) -> Float[Array, "*lead D N"]:
         """What an action adds to the hidden layer, its bias included."""
         kernel, x2 = self._shared(2, 1).astype(self.dtype), self._embed_action(action)
-        return self.hidden.add_bias(jnp.einsum("io,...ni->...on", kernel, x2), axis=-2)
+        return self.hidden.add_bias(jnp.swapaxes(nets.product(x2, kernel), -1, -2), axis=-2)
 
     def step(
         self,

@@ -253,12 +253,12 @@ def world_model(
 
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Array, Any, Any]]:
             draws, policy_draw = inputs
-            feat = features(Latent(carry.deter[:, :rows].T, carry.stoch))
-            action, kept = policy(feat, policy_draw)
+            latent = Latent(carry.deter[:, :rows].T, carry.stoch)
+            action, kept = policy(features(jax.tree.map(nets.halved, latent)), policy_draw)
             read = _flat(carry.stoch), concat_entries(action_space, as_dict(action))
             deter = core_dream(params["core"], kernels, base, carry.deter, *map(widen, read))
             logits = prior_logits(params["prior"], deter, True)[:rows]
-            return Latent(deter, sample(logits, draws)), (feat, action, kept)
+            return Latent(deter, sample(logits, draws)), (features(latent), action, kept)
 
         begin = Latent(widen(start.deter).T, start.stoch)
         last, (feats, actions, kept) = jax.lax.scan(step, begin, (noise, policy_noise))
