@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Num
 
 from jaxwm import compiler
 from jaxwm.types import Array, Float
@@ -202,7 +203,7 @@ _sink.defvjp(lambda plain, *sizes: (_sink(plain, *sizes), None), _sink_backward)
 
 @jax.custom_vjp
 def product(
-    x: Float[Array, "*lead inputs"], kernel: Float[Array, "inputs outputs"]
+    x: Num[Array, "*lead inputs"], kernel: Float[Array, "inputs outputs"]
 ) -> Float[Array, "*lead outputs"]:
     """`x @ kernel`, whose gradients are fast on CPU too; it has no forward-mode derivative."""
     return multiply(x, kernel, kernel.dtype)
@@ -232,7 +233,7 @@ product.defvjp(
 @jax.custom_vjp
 def recall(
     known: Float[Array, "*lead outputs"],
-    x: Float[Array, "*lead inputs"],
+    x: Num[Array, "*lead inputs"],
     kernel: Float[Array, "inputs outputs"],
 ) -> Float[Array, "*lead outputs"]:
     """`known`, which is `product(x, kernel)` from before, with the gradients of computing it."""
@@ -262,7 +263,7 @@ class Linear(nn.Module):
         self.kernel = self.param("kernel", init, (self.inputs, self.outputs))
         self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
 
-    def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
+    def __call__(self, x: Num[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
         if self.has_variable("products", "product"):
             known = self.get_variable("products", "product")
             known = recall(known, self._factor(x), self.kernel.astype(self.dtype))
@@ -276,7 +277,7 @@ class Linear(nn.Module):
         """The first `size` rows, for `columns`."""
         return kernel_of(self.kernel[:size], self.dtype)
 
-    def rows(self, x: Float[Array, "*lead part"], start: int) -> Float[Array, "*lead outputs"]:
+    def rows(self, x: Num[Array, "*lead part"], start: int) -> Float[Array, "*lead outputs"]:
         """`x @ kernel[start : start + part]`, without the bias."""
         kernel = self.kernel[start : start + x.shape[-1]]
         return product(self._factor(x), kernel.astype(self.dtype))
@@ -367,7 +368,7 @@ class Heads(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*lead inputs"]) -> dict[str, Array]:
+    def __call__(self, x: Num[Array, "*lead inputs"]) -> dict[str, Array]:
         x = MLP(self.inputs, self.units, self.layers, self.dtype, name="mlp")(x)
         return {
             name: Linear(self.units, size, self.scale, self.dtype, name=name)(x)

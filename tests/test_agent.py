@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxwm import envs
+from jaxwm import compiler, envs
 from jaxwm.agent import LossWeights, compute_dtype, make_agent
 from jaxwm.envs import wrappers
 from jaxwm.evaluate.rollout import collect
@@ -79,6 +79,18 @@ def test_unweighted_losses_start_where_knowing_nothing_starts(updated):
     np.testing.assert_allclose(metrics["loss/reward"], np.log(41), rtol=1e-5)
     assert metrics["loss/dyn"] >= 1 and metrics["loss/rep"] >= 1  # free nats
     assert metrics["dream/return_scale"] == 1
+
+
+@pytest.mark.skipif(not compiler.has_halves(), reason="no units for bfloat16")
+def test_an_update_with_products_of_halves_learns_nearly_the_same(agent, start, steps, updated):
+    _, ((_, want), *_) = updated
+    with jax.default_matmul_precision("bfloat16"):
+        update = compiler.jit(lambda *given: agent.update(*given))
+        key = jax.random.fold_in(jax.random.key(2), 0)
+        _, _, have = update(start, agent.initial(B), steps, key)
+    assert have["loss/total"] != want["loss/total"]
+    for name in ("loss/total", "loss/rec/cue", "loss/policy", "loss/value", "grad_norm"):
+        np.testing.assert_allclose(have[name], want[name], rtol=0.05, err_msg=name)
 
 
 def test_the_first_update_has_no_step_and_the_others_move_everything(updated):

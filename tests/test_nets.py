@@ -152,7 +152,7 @@ def test_products_of_halves_sum_rounded_factors_in_float32(rng, inputs, outputs)
 
 @needs_halves
 def test_halves_are_the_nearest_and_are_multiplied_as_they_are(rng):
-    x, kernel = normal(rng, 33, 64), normal(rng, 64, 16)
+    x, kernel = jnp.asarray(normal(rng, 33, 64)), normal(rng, 64, 16)
     # Bfloat16 has 8 binary digits: after 1 comes 1 + 2**-7, and after -2 comes -2 - 2**-6.
     given = [1 + 2**-9, 1 + 2**-8, 1 + 3 * 2**-9, -2 - 2**-7, 0.0, 3.4e38, np.inf, np.nan]
     nearest = [1, 1 + 2**-7, 1 + 2**-7, -2 - 2**-6, 0, np.inf, np.inf, np.nan]
