@@ -152,7 +152,7 @@ def test_products_of_halves_sum_rounded_factors_in_float32(rng, inputs, outputs)
 
 @needs_halves
 def test_halves_are_the_nearest_and_are_multiplied_as_they_are(rng):
-    x, kernel = jnp.asarray(normal(rng, 33, 64)), normal(rng, 64, 16)
+    x, kernel = map(jnp.asarray, (normal(rng, 33, 64), normal(rng, 64, 16)))
     # Bfloat16 has 8 binary digits: after 1 comes 1 + 2**-7, and after -2 comes -2 - 2**-6.
     given = [1 + 2**-9, 1 + 2**-8, 1 + 3 * 2**-9, -2 - 2**-7, 0.0, 3.4e38, np.inf, np.nan]
     nearest = [1, 1 + 2**-7, 1 + 2**-7, -2 - 2**-6, 0, np.inf, np.inf, np.nan]
@@ -161,8 +161,9 @@ def test_halves_are_the_nearest_and_are_multiplied_as_they_are(rng):
         bits = nets.halved(jnp.asarray(given, jnp.float32))
         kept = nets.halved(x)
         assert nets.halved(kept) is kept
-        have, grad = jax.value_and_grad(lambda w: nets.product(kept, w).sum())(kernel)
-        want, same = jax.value_and_grad(lambda w: nets.product(x, w).sum())(kernel)
+        learn = jax.value_and_grad(lambda kernel, x: nets.product(x, kernel).sum())
+        learn = compiler.jit(learn)
+        (have, grad), (want, same) = learn(kernel, kept), learn(kernel, x)
     values = jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_array_equal(values, nearest)
     assert have == want
