@@ -157,14 +157,7 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
         return x
 
     def mean_in_any_order(tree: Any) -> Any:
-        # Arrays as one: on a CPU the devices meet for each, and a hundred times that takes longer
-        # than to add up a million numbers. Of single numbers XLA sees which they know already.
-        leaves, structure = jax.tree.flatten(_at_bins(fold_mirrored, tree))
-        flat, restore = ravel_pytree([x for x in leaves if x.ndim])
-        flat, numbers = jax.lax.pmean((flat, [x for x in leaves if not x.ndim]), across)
-        arrays, numbers = iter(restore(flat)), iter(numbers)
-        means = [next(arrays if x.ndim else numbers) for x in leaves]
-        return _at_bins(unfold_mirrored, jax.tree.unflatten(structure, means))
+        return _at_bins(unfold_mirrored, _pmean(_at_bins(fold_mirrored, tree), across))
 
     shards = Shards(
         own=lambda key: jax.random.fold_in(key, jax.lax.axis_index(across)),
@@ -203,6 +196,19 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
         slow=lambda tree: jax.tree.map(join, tree, whole.slow.params),
         parts=lambda numbers: jax.tree.map(total, numbers, whole.params),
     )
+
+
+def _pmean(tree: Any, axes: tuple[str, ...]) -> Any:
+    if jax.default_backend() != "cpu":
+        return jax.lax.pmean(tree, axes)
+    # Arrays as one: on a CPU the devices meet for each, and a hundred times that takes longer than
+    # to add up a million numbers. Of single numbers XLA sees which all devices know already.
+    leaves, structure = jax.tree.flatten(tree)
+    flat, restore = ravel_pytree([x for x in leaves if x.ndim])
+    flat, numbers = jax.lax.pmean((flat, [x for x in leaves if not x.ndim]), axes)
+    arrays, numbers = iter(restore(flat)), iter(numbers)
+    means = [next(arrays if x.ndim else numbers) for x in leaves]
+    return jax.tree.unflatten(structure, means)
 
 
 def _at_bins(function: Callable[[Any], Any], tree: Any) -> Any:
