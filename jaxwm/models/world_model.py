@@ -254,6 +254,7 @@ def world_model(
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Array, Any, Any]]:
             draws, policy_draw = inputs
             latent = Latent(carry.deter[:, :rows].T, carry.stoch)
+            # Rounded before they are joined, which then moves half as much.
             action, kept = policy(features(jax.tree.map(nets.halved, latent)), policy_draw)
             read = _flat(carry.stoch), concat_entries(action_space, as_dict(action))
             deter = core_dream(params["core"], kernels, base, carry.deter, *map(widen, read))
