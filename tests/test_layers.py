@@ -11,7 +11,18 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxwm"
 
 FLOORS = [
-    {"spaces", "types", "numerics", "config", "sweep", "compiler", "heap", "manifest", "lock"},
+    {
+        "spaces",
+        "types",
+        "numerics",
+        "threefry",
+        "config",
+        "sweep",
+        "compiler",
+        "heap",
+        "manifest",
+        "lock",
+    },
     {"returns", "dists", "nets", "optim", "replay", "replay_host"},
     {"envs", "models", "behaviors"},
     {"agent"},

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxwm import dists, nets
+from jaxwm import dists, nets, threefry
 from jaxwm.config import at_least, positive, share
 from jaxwm.numerics import (
     Percentiles,
@@ -214,9 +214,9 @@ def actor_critic(
             key_name = jax.random.fold_in(key, index)
             if isinstance(space, Discrete):
                 shape = (*lead, *space.shape, space.width)
-                draws[name] = jax.random.gumbel(key_name, shape)
+                draws[name] = threefry.gumbel(key_name, shape)
             else:
-                draws[name] = jax.random.normal(key_name, (*lead, *space.shape))
+                draws[name] = threefry.normal(key_name, (*lead, *space.shape))
         return draws
 
     def act(params: Params, feat: Array, draws: dict[str, Array]) -> Action:

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxwm import dists
+from jaxwm import dists, threefry
 from jaxwm.config import at_least, share
 from jaxwm.types import Array, Float, Key
 
@@ -46,7 +46,7 @@ def distribution(config: LatentConfig, logits: Float[Array, "*lead S K"]) -> dis
 
 def noise(config: LatentConfig, key: Key, lead: tuple[int, ...]) -> Float[Array, "*lead S"]:
     """Draws from [0, 1) for latents of leading axes `lead`, one for each group."""
-    return jax.random.uniform(key, (*lead, config.stoch))
+    return threefry.uniform(key, (*lead, config.stoch))
 
 
 def sample(
