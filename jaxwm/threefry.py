@@ -20,21 +20,29 @@ from jaxwm.types import Key
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
+# Draws of fewer take no time worth a longer program.
+MANY = 4096
+
+
 def uniform(key: Key, shape: tuple[int, ...], low: float = 0.0) -> Float[Array, "..."]:
     """float32 of this shape from [low, 1)."""
+    if not _worth_it(key, shape):
+        return jax.random.uniform(key, shape, minval=low)
     numbers = jax.random.uniform(_written_out(key), (math.prod(shape),), minval=low)
     return numbers.reshape(shape)
 
 
 def gumbel(key: Key, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """float32 of this shape from the standard Gumbel distribution."""
+    if not _worth_it(key, shape):
+        return jax.random.gumbel(key, shape)
     return jax.random.gumbel(_written_out(key), (math.prod(shape),)).reshape(shape)
 
 
 def normal(key: Key, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """float32 of this shape from the standard normal distribution."""
-    if len(shape) < 3 or jax.default_backend() != "cpu":
-        return jax.random.normal(_written_out(key), shape)
+    if not _worth_it(key, shape) or len(shape) < 3:
+        return jax.random.normal(key, shape)
     # In the loop over a short last axis into which XLA would fuse it with the rounds, the inverse
     # of erf is taken of one number after the other; row by row, of as many as a vector holds.
     above = float(np.nextafter(np.float32(-1), np.float32(0)))
@@ -47,11 +55,15 @@ def _deviates(uniform: Float[Array, " n"]) -> Float[Array, " n"]:
     return np.float32(math.sqrt(2)) * jax.lax.erf_inv(uniform)
 
 
+def _worth_it(key: Key, shape: tuple[int, ...]) -> bool:
+    """Whether JAX would run the rounds as a loop, elsewhere it does not, over many numbers."""
+    looped = jax.default_backend() == "cpu" and jax.random.key_impl(key) == "threefry2x32"
+    return looped and math.prod(shape) >= MANY
+
+
 def _written_out(key: Key) -> Key:
-    """On a CPU a key with the same draws; elsewhere, where JAX has kernels of its own, `key`."""
-    if jax.default_backend() == "cpu" and jax.random.key_impl(key) == "threefry2x32":
-        return jax.random.wrap_key_data(jax.random.key_data(key), impl=_WRITTEN_OUT)
-    return key
+    """A key with the same draws."""
+    return jax.random.wrap_key_data(jax.random.key_data(key), impl=_WRITTEN_OUT)
 
 
 def _rounds(key: UInt32[Array, "2"], high: Array, low: Array) -> tuple[Array, Array]:
