@@ -18,8 +18,6 @@ from jaxtyping import Array, Float, UInt32
 from jaxwm.types import Key
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-
-
 # Draws of fewer take no time worth a longer program.
 MANY = 4096
 
@@ -56,7 +54,7 @@ def _deviates(uniform: Float[Array, " n"]) -> Float[Array, " n"]:
 
 
 def _worth_it(key: Key, shape: tuple[int, ...]) -> bool:
-    """Whether JAX would run the rounds as a loop, elsewhere it does not, over many numbers."""
+    """Whether JAX runs the rounds as a loop, as on CPUs alone, and over many numbers."""
     looped = jax.default_backend() == "cpu" and jax.random.key_impl(key) == "threefry2x32"
     return looped and math.prod(shape) >= MANY
 
