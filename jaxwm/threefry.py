@@ -1,5 +1,6 @@
 """The draws of `jax.random`, bit for bit, at the speed of the arithmetic in them.
 
+Of JAX as it comes: with `jax_threefry_partitionable` switched off it has other draws.
 On a CPU JAX runs the rounds of its generator as a loop over whole arrays, which compiles sooner.
 Written out they are one pass over the numbers, in a quarter of the time.
 
