@@ -246,6 +246,11 @@ recall.defvjp(
 )
 
 
+def factor(x: Array, dtype: str) -> Array:
+    """`x` as `product` takes it: in the compute type, or as `halved` has it."""
+    return x if x.dtype == jnp.uint16 else x.astype(dtype)
+
+
 class Linear(nn.Module):
     """`x @ kernel + bias`; `rows` applies a slice of the input rows alone.
 
@@ -264,13 +269,15 @@ class Linear(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
 
     def __call__(self, x: Num[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
-        if self.has_variable("products", "product"):
+        if self.has_variable("joint", "product"):
+            known = self.get_variable("joint", "product")
+        elif self.has_variable("products", "product"):
             known = self.get_variable("products", "product")
-            known = recall(known, self._factor(x), self.kernel.astype(self.dtype))
+            known = recall(known, factor(x, self.dtype), self.kernel.astype(self.dtype))
         else:
             known = self.rows(x, 0)
-            if self.is_mutable_collection("products"):
-                self.put_variable("products", "product", known)
+        if self.is_mutable_collection("products"):
+            self.put_variable("products", "product", known)
         return self.add_bias(known)
 
     def laid_out(self, size: int) -> Kernel:
@@ -280,11 +287,7 @@ class Linear(nn.Module):
     def rows(self, x: Num[Array, "*lead part"], start: int) -> Float[Array, "*lead outputs"]:
         """`x @ kernel[start : start + part]`, without the bias."""
         kernel = self.kernel[start : start + x.shape[-1]]
-        return product(self._factor(x), kernel.astype(self.dtype))
-
-    def _factor(self, x: Array) -> Array:
-        """`x` in the compute type, or as `halved` has it."""
-        return x if x.dtype == jnp.uint16 else x.astype(self.dtype)
+        return product(factor(x, self.dtype), kernel.astype(self.dtype))
 
     def columns(self, x: Float[Array, "inputs N"]) -> Float[Array, "N outputs"]:
         """`x.T @ kernel`, without the bias."""
@@ -661,3 +664,34 @@ def recalling(module: nn.Module) -> Callable[..., Any]:
     return lambda params, products, *args: module.apply(
         {"params": params, "products": products}, *args
     )
+
+
+def abreast(*heads: Heads) -> Callable[..., tuple[list[Any], list[Any]]]:
+    """`(params, x, products=None) -> outputs, products`, lists of what each of some heads gives.
+
+    They read the same `x`, and what they multiply it with first is one kernel: a CPU takes 0.9 of
+    the time of several products then, and a GPU one launch. Products are those of `remembering`;
+    if given, they are recalled as by `recalling`.
+    """
+
+    def apply(params: Any, x: Array, products: Any = None) -> tuple[list[Any], list[Any]]:
+        dtype = heads[0].dtype
+        kernels = [each["mlp"]["linear0"]["kernel"].astype(dtype) for each in params]
+        first = (factor(x, dtype), jnp.concatenate(kernels, -1))
+        if products is None:
+            joint = product(*first)
+        else:
+            known = [each["mlp"]["linear0"]["product"] for each in products]
+            joint = recall(jnp.concatenate(known, -1), *first)
+        ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1]
+        outputs, made = [], []
+        for index, part in enumerate(jnp.split(joint, ends, -1)):
+            variables = {"params": params[index], "joint": {"mlp": {"linear0": {"product": part}}}}
+            if products is not None:
+                variables["products"] = products[index]
+            output, own = heads[index].apply(variables, x, mutable=["products"])
+            outputs.append(output)
+            made.append(own["products"])
+        return outputs, made
+
+    return apply

@@ -247,36 +247,37 @@ def actor_critic(
         imagined, actions, (feat, policy_products) = sg(dreamt)
         last = nets.halved(model.features(imagined)[-1])
 
-        def judge(feat: Array) -> tuple[list[Array], Any]:
+        def judge(feat: Array, *critics: Params) -> tuple[list[Array], Any]:
+            """Means of reward, continue and values, and what `recalled` wants of the first."""
             heads = model.predict(fixed_model, model.split(feat), ("reward", "continue"))
-            out, products = nets.remembering(value_net)(fixed_params["value"], feat)
-            critic = dists.TwoHot(out["out"], bins)
-            judges = (heads["reward"], heads["continue"], critic)
-            return [x.mean() for x in judges], (products, critic.total())
-
-        def judge_all(feat: Array) -> tuple[list[Array], Array, Any]:
-            judged, products = judge(feat)
-            return judged, value(slow, feat).mean(), products
+            outs, products = nets.abreast(*(value_net for _ in critics))(critics, feat)
+            values = [dists.TwoHot(out["out"], bins) for out in outs]
+            judges = (heads["reward"], heads["continue"], *values)
+            return [x.mean() for x in judges], (products[0], values[0].total())
 
         # The last state apart from the others, which the dream stacked: together they are copied.
-        judged, slow_values, value_products = sg(nets.by_slices(judge_all, feat))
-        judged = zip(judged, judge(last)[0], strict=True)
+        # The slow critic does not judge it.
+        critics = fixed_params["value"], slow["value"]
+        (*judged, slow_values), value_products = sg(
+            nets.by_slices(lambda feat: judge(feat, *critics), feat)
+        )
+        judged = zip(judged, judge(last, critics[0])[0], strict=True)
         reward, cont, values = sg([jnp.concatenate([xs, x[None]]) for xs, x in judged])
         if config.start_weight == "true":
             cont = cont.at[0].set(1.0 - steps.is_terminal.reshape(-1))
         dream, state = dream_targets(config, state, reward, cont, values, every)
 
-        def recalled(products: Any, feat: Array) -> dists.TwoHot:
-            products, total = products
-            critic = nets.recalling(value_net)(params["value"], products, feat)
-            return dists.TwoHot(critic["out"], bins, total)
+        both = params["policy"], params["value"]
 
         def learn(feat, products, action, advantage, returns, slow_value) -> tuple[Array, ...]:
-            actor = plan(nets.recalling(policy_net)(params["policy"], products[0], feat))
+            policy_products, (value_products, total) = products
+            recalled, _ = nets.abreast(policy_net, value_net)(
+                both, feat, (policy_products, value_products)
+            )
+            actor, estimate = plan(recalled[0]), dists.TwoHot(recalled[1]["out"], bins, total)
             log_prob = sum(actor[k].log_prob(x) for k, x in as_dict(action).items())
             entropy: Any = sum(dist.entropy() for dist in actor.values())
             score = log_prob * advantage + config.entropy * entropy
-            estimate = recalled(products[1], feat)
             pull = estimate.log_prob(slow_value)
             return score, estimate.log_prob(returns) + config.slow_regularizer * pull, entropy
 
@@ -302,7 +303,8 @@ def actor_critic(
         # Dreams start from these rows, so that the critic's products are known.
         rows = jax.tree.map(lambda x: x[:-1], latents)
         products = jax.tree.map(lambda x: x[0].reshape(*lead, *x.shape[2:])[:-1], value_products)
-        replayed = recalled(products, model.features(rows))
+        out = nets.recalling(value_net)(params["value"], products[0], model.features(rows))
+        replayed = dists.TwoHot(out["out"], bins, products[1])
         replay_loss = -replayed.log_prob(targets)
         slow_start = slow_values[0].reshape(lead)[:-1]
         replay_loss -= config.slow_regularizer * replayed.log_prob(slow_start)

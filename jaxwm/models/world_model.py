@@ -279,12 +279,18 @@ def world_model(
             raw = decode(params["decoder"], deter, _flat(latents.stoch).reshape(-1, stoch_size))
             for key, space in obs_space.items():
                 outputs[key] = observation_dist(space, raw[key].reshape(*lead, *raw[key].shape[1:]))
-        feat = features(latents)
-        if "reward" in wanted:
-            outputs["reward"] = dists.TwoHot(nets.call(reward)(params["reward"], feat)["out"], bins)
-        if "continue" in wanted:
-            logit = nets.call(cont)(params["continue"], feat)["out"][..., 0]
-            outputs["continue"] = dists.SoftBernoulli(logit)
+        known = {"reward": reward, "continue": cont}
+        read = [key for key in known if key in wanted]
+        if read:
+            heads = nets.abreast(*(known[key] for key in read))
+            given, _ = heads([params[key] for key in read], features(latents))
+            for key, head in zip(read, given, strict=True):
+                logits = head["out"]
+                outputs[key] = (
+                    dists.TwoHot(logits, bins)
+                    if key == "reward"
+                    else dists.SoftBernoulli(logits[..., 0])
+                )
         return outputs
 
     def loss(
