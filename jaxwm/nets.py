@@ -269,7 +269,7 @@ class Linear(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
 
     def __call__(self, x: Num[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
-        if self.has_variable("joint", "product"):
+        if self.has_variable("joint", "product"):  # see `abreast`
             known = self.get_variable("joint", "product")
         elif self.has_variable("products", "product"):
             known = self.get_variable("products", "product")
@@ -666,32 +666,31 @@ def recalling(module: nn.Module) -> Callable[..., Any]:
     )
 
 
-def abreast(*heads: Heads) -> Callable[..., tuple[list[Any], list[Any]]]:
-    """`(params, x, products=None) -> outputs, products`, lists of what each of some heads gives.
+def abreast(heads: Mapping[str, Heads]) -> Callable[..., tuple[dict[str, Any], dict[str, Any]]]:
+    """`(params, x, products=None) -> outputs, products` of heads that read the same, by name.
 
-    They read the same `x`, and what they multiply it with first is one kernel: a CPU takes 0.9 of
-    the time of several products then, and a GPU one launch. Products are those of `remembering`;
-    if given, they are recalled as by `recalling`.
+    Their first layers are one product, for which a CPU takes 0.9 of the time of two. Products are
+    those of `remembering`; if given, they are recalled as by `recalling`.
     """
 
-    def apply(params: Any, x: Array, products: Any = None) -> tuple[list[Any], list[Any]]:
-        dtype = heads[0].dtype
-        kernels = [each["mlp"]["linear0"]["kernel"].astype(dtype) for each in params]
-        first = (factor(x, dtype), jnp.concatenate(kernels, -1))
+    def apply(params: Any, x: Array, products: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        dtype = next(iter(heads.values())).dtype
+        kernels = [params[name]["mlp"]["linear0"]["kernel"].astype(dtype) for name in heads]
+        factors = factor(x, dtype), jnp.concatenate(kernels, -1)
         if products is None:
-            joint = product(*first)
+            joint = product(*factors)
         else:
-            known = [each["mlp"]["linear0"]["product"] for each in products]
-            joint = recall(jnp.concatenate(known, -1), *first)
-        ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1]
-        outputs, made = [], []
-        for index, part in enumerate(jnp.split(joint, ends, -1)):
-            variables = {"params": params[index], "joint": {"mlp": {"linear0": {"product": part}}}}
+            known = [products[name]["mlp"]["linear0"]["product"] for name in heads]
+            joint = recall(jnp.concatenate(known, -1), *factors)
+        parts = jnp.split(joint, np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1], -1)
+        outputs, made = {}, {}
+        for (name, module), part in zip(heads.items(), parts, strict=True):
+            joined = {"mlp": {"linear0": {"product": part}}}
+            variables = {"params": params[name], "joint": joined}
             if products is not None:
-                variables["products"] = products[index]
-            output, own = heads[index].apply(variables, x, mutable=["products"])
-            outputs.append(output)
-            made.append(own["products"])
+                variables["products"] = products[name]
+            outputs[name], kept = module.apply(variables, x, mutable=["products"])
+            made[name] = kept["products"]
         return outputs, made
 
     return apply

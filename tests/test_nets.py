@@ -260,6 +260,34 @@ def test_remembered_products_are_not_computed_again_and_learn_the_same(rng):
     assert "dot_general" not in str(jax.make_jaxpr(again)(params, x))
 
 
+def test_heads_abreast_are_those_apart_with_one_product_for_their_first_layers(rng):
+    x = jnp.asarray(normal(rng, 3, 2, 5))
+    heads = {"wide": nets.Heads(5, 8, 2, {"a": 2}), "narrow": nets.Heads(5, 4, 1, {"b": 3})}
+    params = {name: fill(module, rng, x) for name, module in heads.items()}
+    params = jax.tree.map(jnp.asarray, params)
+
+    def abreast(params, x, products=None):
+        return nets.abreast(heads)(params, x, products)[0]
+
+    def apart(params, x):
+        return {name: nets.call(module)(params[name], x) for name, module in heads.items()}
+
+    close = lambda have, want: np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, abreast(params, x), apart(params, x))
+    out, products = nets.abreast(heads)(params, x)
+    for name, module in heads.items():
+        jax.tree.map(close, products[name], nets.remembering(module)(params[name], x)[1])
+    total = lambda f: lambda *args: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(f(*args)))  # noqa: E731
+    again = lambda params, x: abreast(params, x, products)  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, again(params, x), out)
+    want = jax.grad(total(apart), (0, 1))(params, x)
+    for f in (abreast, again):
+        jax.tree.map(close, jax.grad(total(f), (0, 1))(params, x), want)
+    counts = [str(jax.make_jaxpr(f)(params, x)).count("dot_general") for f in (apart, abreast)]
+    assert counts == [5, 4]
+    assert "dot_general" not in str(jax.make_jaxpr(again)(params, x))
+
+
 def test_heads_share_a_trunk_and_start_at_zero_if_asked(rng):
     x = normal(rng, 3, 5)
     module = nets.Heads(5, 8, 2, {"a": 2, "b": 4}, scale=0.0)

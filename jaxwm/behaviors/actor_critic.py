@@ -247,34 +247,32 @@ def actor_critic(
         imagined, actions, (feat, policy_products) = sg(dreamt)
         last = nets.halved(model.features(imagined)[-1])
 
-        def judge(feat: Array, *critics: Params) -> tuple[list[Array], Any]:
-            """Means of reward, continue and values, and what `recalled` wants of the first."""
+        critics = {"value": fixed_params["value"], "slow": slow["value"]}
+
+        def judge(feat: Array, *names: str) -> tuple[list[Array], Any]:
+            """Means of reward, continue and critics; the first critic's products and total."""
             heads = model.predict(fixed_model, model.split(feat), ("reward", "continue"))
-            outs, products = nets.abreast(*(value_net for _ in critics))(critics, feat)
-            values = [dists.TwoHot(out["out"], bins) for out in outs]
-            judges = (heads["reward"], heads["continue"], *values)
-            return [x.mean() for x in judges], (products[0], values[0].total())
+            outs, products = nets.abreast(dict.fromkeys(names, value_net))(critics, feat)
+            values = [dists.TwoHot(outs[name]["out"], bins) for name in names]
+            means = [x.mean() for x in (heads["reward"], heads["continue"], *values)]
+            return means, (products[names[0]], values[0].total())
 
         # The last state apart from the others, which the dream stacked: together they are copied.
-        # The slow critic does not judge it.
-        critics = fixed_params["value"], slow["value"]
-        (*judged, slow_values), value_products = sg(
-            nets.by_slices(lambda feat: judge(feat, *critics), feat)
+        (*judged, slow_values), (value_products, totals) = sg(
+            nets.by_slices(lambda feat: judge(feat, "value", "slow"), feat)
         )
-        judged = zip(judged, judge(last, critics[0])[0], strict=True)
+        judged = zip(judged, judge(last, "value")[0], strict=True)
         reward, cont, values = sg([jnp.concatenate([xs, x[None]]) for xs, x in judged])
         if config.start_weight == "true":
             cont = cont.at[0].set(1.0 - steps.is_terminal.reshape(-1))
         dream, state = dream_targets(config, state, reward, cont, values, every)
 
-        both = params["policy"], params["value"]
+        learners = nets.abreast({"policy": policy_net, "value": value_net})
+        products = {"policy": policy_products, "value": value_products}
 
-        def learn(feat, products, action, advantage, returns, slow_value) -> tuple[Array, ...]:
-            policy_products, (value_products, total) = products
-            recalled, _ = nets.abreast(policy_net, value_net)(
-                both, feat, (policy_products, value_products)
-            )
-            actor, estimate = plan(recalled[0]), dists.TwoHot(recalled[1]["out"], bins, total)
+        def learn(feat, products, total, action, advantage, returns, slow_value) -> tuple:
+            outs, _ = learners(params, feat, products)
+            actor, estimate = plan(outs["policy"]), dists.TwoHot(outs["value"]["out"], bins, total)
             log_prob = sum(actor[k].log_prob(x) for k, x in as_dict(action).items())
             entropy: Any = sum(dist.entropy() for dist in actor.values())
             score = log_prob * advantage + config.entropy * entropy
@@ -284,7 +282,8 @@ def actor_critic(
         score, fit, entropy = nets.by_slices(
             learn,
             feat,
-            (policy_products, value_products),
+            products,
+            totals,
             actions,
             dream.advantage,
             dream.returns,
@@ -302,9 +301,11 @@ def actor_critic(
         )
         # Dreams start from these rows, so that the critic's products are known.
         rows = jax.tree.map(lambda x: x[:-1], latents)
-        products = jax.tree.map(lambda x: x[0].reshape(*lead, *x.shape[2:])[:-1], value_products)
-        out = nets.recalling(value_net)(params["value"], products[0], model.features(rows))
-        replayed = dists.TwoHot(out["out"], bins, products[1])
+        known = jax.tree.map(
+            lambda x: x[0].reshape(*lead, *x.shape[2:])[:-1], (value_products, totals)
+        )
+        out = nets.recalling(value_net)(params["value"], known[0], model.features(rows))
+        replayed = dists.TwoHot(out["out"], bins, known[1])
         replay_loss = -replayed.log_prob(targets)
         slow_start = slow_values[0].reshape(lead)[:-1]
         replay_loss -= config.slow_regularizer * replayed.log_prob(slow_start)

@@ -279,18 +279,14 @@ def world_model(
             raw = decode(params["decoder"], deter, _flat(latents.stoch).reshape(-1, stoch_size))
             for key, space in obs_space.items():
                 outputs[key] = observation_dist(space, raw[key].reshape(*lead, *raw[key].shape[1:]))
-        known = {"reward": reward, "continue": cont}
-        read = [key for key in known if key in wanted]
-        if read:
-            heads = nets.abreast(*(known[key] for key in read))
-            given, _ = heads([params[key] for key in read], features(latents))
-            for key, head in zip(read, given, strict=True):
-                logits = head["out"]
-                outputs[key] = (
-                    dists.TwoHot(logits, bins)
-                    if key == "reward"
-                    else dists.SoftBernoulli(logits[..., 0])
-                )
+        heads = {
+            key: head for key, head in (("reward", reward), ("continue", cont)) if key in wanted
+        }
+        read = nets.abreast(heads)(params, features(latents))[0] if heads else {}
+        if "reward" in read:
+            outputs["reward"] = dists.TwoHot(read["reward"]["out"], bins)
+        if "continue" in read:
+            outputs["continue"] = dists.SoftBernoulli(read["continue"]["out"][..., 0])
         return outputs
 
     def loss(
