@@ -301,11 +301,11 @@ def actor_critic(
         )
         # Dreams start from these rows, so that the critic's products are known.
         rows = jax.tree.map(lambda x: x[:-1], latents)
-        known = jax.tree.map(
+        known, total = jax.tree.map(
             lambda x: x[0].reshape(*lead, *x.shape[2:])[:-1], (value_products, totals)
         )
-        out = nets.recalling(value_net)(params["value"], known[0], model.features(rows))
-        replayed = dists.TwoHot(out["out"], bins, known[1])
+        out = nets.recalling(value_net)(params["value"], known, model.features(rows))
+        replayed = dists.TwoHot(out["out"], bins, total)
         replay_loss = -replayed.log_prob(targets)
         slow_start = slow_values[0].reshape(lead)[:-1]
         replay_loss -= config.slow_regularizer * replayed.log_prob(slow_start)
