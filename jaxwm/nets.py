@@ -669,8 +669,8 @@ def recalling(module: nn.Module) -> Callable[..., Any]:
 def abreast(heads: Mapping[str, Heads]) -> Callable[..., tuple[dict[str, Any], dict[str, Any]]]:
     """`(params, x, products=None) -> outputs, products` of heads that read the same, by name.
 
-    Of x (..., inputs) their first layers are one product, for which a CPU takes 0.9 of the time of two. Products are
-    those of `remembering`; if given, they are recalled as by `recalling`.
+    Of x (..., inputs) their first layers are one product, for which a CPU takes 0.9 of the time of
+    two. Products are those of `remembering`; if given, they are recalled as by `recalling`.
     """
 
     def apply(params: Any, x: Array, products: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
