@@ -30,43 +30,22 @@ Built = tuple[Callable[[], Any], dict[str, Any]]
 
 
 def jaxwm_update(job: dict[str, Any]) -> Built:
-    """`agent.update` of this package, in place and divided among shards as in training."""
+    """An update of this package, divided among shards as in training."""
     import jax
-    import jax.numpy as jnp
 
     from benchmarks.loop import training
-    from benchmarks.roofline import spaces, work
-    from jaxwm import compiler, mesh
-    from jaxwm.agent import compute_dtype, make_agent
-    from jaxwm.mesh import P
+    from benchmarks.roofline import updating, work
+    from jaxwm import mesh
+    from jaxwm.agent import compute_dtype
 
     batch, length = job["batch"], job["length"]
     config = training(job["size"], batch, ratio=1, batch=batch, length=length)
     config = dataclasses.replace(config, shards=job["shards"])
     mesh.use_cores(config)
     assert compute_dtype(config.agent.dtype) == "float32", "peers are compared in float32"
-    layout, part = mesh.layout(config), mesh.part(config)
-    shards = mesh.shards_of(layout)
-    agent = make_agent(config.agent, *spaces(job["obs"]), shards)
-    one = work(config.agent, job["obs"], part.replay.batch_size, length, shapes=False)
-    inputs, own = (one.carry, one.steps), P(mesh.SHARDS)
-    if layout.shards > 1:
-        inputs = jax.tree.map(lambda x: jnp.stack([x] * layout.shards), inputs)
-    state, key = mesh.put((one.state, one.key), layout, P())
-    carry, steps = mesh.put(inputs, layout, own)
-
-    def of_shard(state: Any, carry: Any, steps: Any, key: Any) -> Any:
-        return agent.update(state, carry, steps, shards.own(key))
-
-    update = mesh.spread(of_shard, layout, (P(), own, own, P()), (P(), own, P()))
-    update = compiler.jit(update, donate_argnums=0)
-
-    def once() -> None:
-        nonlocal state
-        state, latents, metrics = update(state, carry, steps, key)
-        jax.block_until_ready((state, latents, metrics))
-
-    return once, {"parameters": _count(state.params), "jax": jax.__version__}
+    learned = work(config.agent, job["obs"], batch, length, shapes=True).state.params
+    about = {"parameters": _count(learned), "jax": jax.__version__}
+    return updating(config, job["obs"]), about
 
 
 def jaxwm_loop(job: dict[str, Any]) -> Built:

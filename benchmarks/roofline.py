@@ -24,13 +24,15 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from benchmarks.lines import emit, machine, seconds
+from benchmarks.loop import training
 from benchmarks.throughput import spaces, synthetic
-from jaxwm import compiler, heap
+from jaxwm import compiler, heap, mesh
 from jaxwm.agent import AgentConfig, compute_dtype, make_agent
 from jaxwm.envs import wrappers
+from jaxwm.mesh import P
 from jaxwm.models.encoders import Decoder, Encoder
 from jaxwm.optim import apply_updates, laprop, slow_copy
-from jaxwm.recipes import dreamer_v3
+from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay import ReplayConfig, replay
 
 SIZES = ("nano", *dreamer_v3.DETER)
@@ -124,6 +126,32 @@ def work(config: AgentConfig, obs: str, batch: int, length: int, shapes: bool) -
     return Work(agent, make(agent.init, key), carry, make(rows, key), key)
 
 
+def updating(config: RunConfig, obs: str) -> Callable[[], Any]:
+    """One update at each call, in place and divided among shards as in training."""
+    layout, batch = mesh.layout(config), mesh.part(config).replay.batch_size
+    shards = mesh.shards_of(layout)
+    agent = make_agent(config.agent, *spaces(obs), shards)
+    one = work(config.agent, obs, batch, config.replay.batch_length, shapes=False)
+    inputs, own, same = (one.carry, one.steps), P(mesh.SHARDS), P()
+    if layout.shards > 1:
+        inputs = jax.tree.map(lambda x: jnp.stack([x] * layout.shards), inputs)
+    state, key = mesh.put((one.state, one.key), layout, same)
+    carry, steps = mesh.put(inputs, layout, own)
+
+    def of_shard(state: Any, carry: Any, steps: Any, key: Any) -> Any:
+        return agent.update(state, carry, steps, shards.own(key))
+
+    update = mesh.spread(of_shard, layout, (same, own, own, same), (same, own, same))
+    update = compiler.jit(update, donate_argnums=0)
+
+    def once() -> Any:
+        nonlocal state
+        state, *rest = update(state, carry, steps, key)
+        return jax.block_until_ready((state, rest))
+
+    return once
+
+
 def demands(config: AgentConfig, obs: str, batch: int, length: int) -> dict[str, Any]:
     """What an update must do: operations, bytes and dependent steps, from shapes alone."""
     agent, state, carry, steps, key = work(config, obs, batch, length, shapes=True)
@@ -191,13 +219,14 @@ def floor(demand: dict[str, Any], limits: dict[str, float]) -> dict[str, float]:
     return terms | {"floor_seconds": least}
 
 
-def parts(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) -> dict[str, float]:
-    """Seconds of an update and of its parts, each compiled and run alone.
+def parts(run: RunConfig, obs: str, repeats: int) -> dict[str, float]:
+    """Seconds of an update in the run's shards, and of its parts alone, each on one device.
 
     "codec" is encoder and decoder with their gradients, "observe" the recurrence forwards,
     "losses" what else the model's loss and its gradient take, "heads" what the behaviour's loss
     and its gradient take beside the dream.
     """
+    config, batch, length = run.agent, run.replay.batch_size, run.replay.batch_length
     agent, state, carry, steps, key = work(config, obs, batch, length, shapes=False)
     model, behavior, params = agent.model, agent.behavior, state.params
     obs_space, _ = spaces(obs)
@@ -264,10 +293,9 @@ def parts(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) 
         stored[0] = write(stored[0], window, latents)
         return stored[0]
 
-    update = compiler.jit(agent.update)
     grads = jax.tree.map(jnp.ones_like, params)
     calls = {
-        "update": lambda: update(state, carry, steps, key),
+        "update": updating(run, obs),
         "draws": lambda: noise(key),
         "observe": lambda: observe(params, steps, draws),
         "encode": lambda: encode(params, flat[1]),
@@ -356,19 +384,27 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--out", type=Path, help="append the lines to this file")
     parser.add_argument("--picture", type=Path, help="default: beside --out, as .png")
+    parser.add_argument("--shards", type=int, default=1, help="shards of an update as a whole")
     args = parser.parse_args()
+    shape = (args.batch, args.length)
+
+    def run_of(size: str) -> RunConfig:
+        run = training(size, args.batch, 1, *shape, args.dtype)
+        return dataclasses.replace(run, shards=args.shards)
+
+    mesh.use_cores(run_of("debug"))
     limits = limits_of(compute_dtype(args.dtype))
     about = {"dtype": compute_dtype(args.dtype)} | machine()
     lines = []
     for size in args.sizes:
-        config = dataclasses.replace(dreamer_v3.agent(size), dtype=args.dtype)
+        run = run_of(size)
         for obs in args.obs:
-            shape = (args.batch, args.length)
-            demand = demands(config, obs, *shape)
-            line = {"size": size, "obs": obs, "batch": shape, "imagine": config.behavior.imagine}
+            demand = demands(run.agent, obs, *shape)
+            line = {"size": size, "obs": obs, "batch": shape, "shards": args.shards}
+            line["imagine"] = run.agent.behavior.imagine
             line |= demand | limits | floor(demand, limits) | about
             if size in args.measure:
-                line["parts"] = parts(config, obs, *shape, args.repeats)
+                line["parts"] = parts(run, obs, args.repeats)
             emit(line, args.out)
             lines.append(line)
     print(", ".join(f"{name} {value:.3g}" for name, value in limits.items()), end="\n\n")

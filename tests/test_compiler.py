@@ -93,6 +93,22 @@ def test_options_that_this_release_does_not_know_are_left_out(monkeypatch, no_ca
     assert compiler.options() == {}
 
 
+@pytest.mark.parametrize(
+    ("cpu", "gains"),
+    [
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512_bf16 avx512f", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f", False),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16 amx_bf16 amx_tile", True),
+        # As many products in a cycle as of float32.
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16 avx512f", False),
+    ],
+)
+def test_which_cpus_are_faster_with_halves(cpu, gains, tmp_path):
+    (tmp_path / "cpuinfo").write_text(cpu, encoding="utf-8")
+    assert compiler.has_halves(tmp_path / "cpuinfo") is gains
+    assert not compiler.has_halves(tmp_path / "none")
+
+
 def test_halves_are_for_who_asks_for_them_and_can_gain_by_them(monkeypatch, no_cache):
     assert not compiler.halves()
     for asked in ("bfloat16", "BF16_BF16_F32"):
