@@ -376,6 +376,30 @@ def test_gradients_of_convolutions_are_those_of_automatic_differentiation(
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("inputs", [2, 17])  # in squares, and as it is
+@pytest.mark.parametrize("kernel", [3, 4, 5])
+def test_a_pooled_convolution_is_the_pool_of_a_convolution(rng, kernel, inputs):
+    # More images than are taken at a time. Of one that is empty all results are equal maxima.
+    x = normal(rng, 19, 8, 6, inputs)
+    x[3] = 0.0
+    module, plain = nets.PooledConv(inputs, 4, kernel), nets.Conv(inputs, 4, kernel)
+    params, weight = fill(module, rng, x), normal(rng, 19, 4, 3, 4)
+
+    def pooled(params, x):
+        return module.apply({"params": params}, x)
+
+    def pool_of_plain(params, x):
+        return plain.apply({"params": params}, x).reshape(19, 4, 2, 3, 2, 4).max((2, 4))
+
+    got, want = (
+        jax.value_and_grad(lambda *args, f=f: (f(*args) * weight).sum(), (0, 1))(
+            params, jnp.asarray(x)
+        )
+        for f in (pooled, pool_of_plain)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
 def test_pooling_and_doubling_by_hand():
     x = jnp.array([[1.0, 2.0, 5.0, 0.0], [3.0, 4.0, -1.0, -2.0]])[None, :, :, None]
     np.testing.assert_array_equal(nets.max_pool(x)[0, :, :, 0], [[4, 5]])

@@ -173,10 +173,11 @@ class Encoder(nn.Module):
         strided = self.config.convs == "strided"
         depths = image_stages(x.shape[1:3], self.config)
         for index, depth in enumerate(depths):
-            stride = 2 if strided and index > 0 else 1
-            name = f"conv{index}"
-            x = nets.Conv(x.shape[-1], depth, 5, stride, self.dtype, name=name)(x)
-            x = x if strided else nets.max_pool(x)
+            sizes, name = (x.shape[-1], depth, 5), f"conv{index}"
+            if strided:
+                x = nets.Conv(*sizes, 2 if index > 0 else 1, self.dtype, name=name)(x)
+            else:
+                x = nets.PooledConv(*sizes, self.dtype, name=name)(x)
             x = nets.silu(nets.RMSNorm(depth, name=f"conv_norm{index}")(x))
         return x.reshape(x.shape[0], -1)
 
