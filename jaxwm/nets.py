@@ -416,7 +416,12 @@ class PooledConv(nn.Module):
         kernel, bias = _conv_params(self)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         low, high = (self.kernel - 1) // 2, self.kernel // 2
-        if jax.default_backend() == "cpu" and self.inputs <= 16:
+        pads = ((low, high),) * 2
+        if jax.default_backend() != "cpu":
+            x = max_pool(convolve(x, kernel, 1, pads))
+        elif self.inputs > 16:
+            x = _pooled(x, kernel, pads, False)
+        else:
             before, after = (low + 1) // 2, (high + 1) // 2
             pixels = np.arange(2 * (before + 1 + after)).reshape(-1, 2)
             # taps[a, t, s, p]: at position a, tap t falls on pixel p of square s of the window.
@@ -424,9 +429,7 @@ class PooledConv(nn.Module):
             taps = (place[..., None, None] == pixels).astype(kernel.dtype)
             merged = jnp.einsum("atsp,buvq,tuio->svpqiabo", taps, taps, kernel)
             merged = merged.reshape(*merged.shape[:2], 4 * self.inputs, -1)
-            x = _pooled(x, merged, ((before, after),) * 2)
-        else:
-            x = max_pool(convolve(x, kernel, 1, ((low, high),) * 2))
+            x = _pooled(x, merged, ((before, after),) * 2, True)
         return x + _over(bias.astype(self.dtype), x)
 
 
@@ -537,19 +540,22 @@ def _gradients(
     return lambda grad: _conv(grad, flipped, dilation, to_x, stride, 1), correlate
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _pooled(x: Float[Array, "n h w c"], kernel: Array, pads: Pads) -> Float[Array, "n h2 w2 c2"]:
-    """The largest of what a convolution of squares gives each, a few images at a time.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _pooled(
+    x: Float[Array, "n h w c"], kernel: Array, pads: Pads, squares: bool
+) -> Float[Array, "n h2 w2 c2"]:
+    """The largest of each 2x2 square of a convolution, a few images at a time.
 
-    Which of the four were largest is kept in a byte, and what they were largest of is not.
+    Which of the four were largest is kept in a byte, and what they were largest of is not. With
+    `squares` the kernel is that of a convolution from squares to squares.
     """
-    return _pooled_forward(x, kernel, pads)[0]
+    return _pooled_forward(x, kernel, pads, squares)[0]
 
 
-def _pooled_forward(x, kernel, pads):
+def _pooled_forward(x, kernel, pads, squares):
     def largest(x: Array) -> tuple[Array, Array]:
-        y = _conv(_squares(x), kernel, 1, pads, 1, 1)
-        parts = jnp.split(y, 4, -1)
+        y = _conv(_squares(x) if squares else x, kernel, 1, pads, 1, 1)
+        parts = jnp.split(y if squares else _squares(y), 4, -1)
         most = functools.reduce(jnp.maximum, parts)
         return most, sum((part == most).astype(jnp.uint8) << i for i, part in enumerate(parts))
 
@@ -557,18 +563,21 @@ def _pooled_forward(x, kernel, pads):
     return most.reshape(-1, *most.shape[2:])[: x.shape[0]], (x, kernel, where)
 
 
-def _pooled_backward(pads, saved, grad):
+def _pooled_backward(pads, squares, saved, grad):
     x, kernel, where = saved
-    squares = jax.eval_shape(_squares, x).shape
-    to_x, to_kernel = _gradients(squares, kernel, squares, 1, pads, 1)
-    zero = jnp.zeros((squares[-1], *kernel.shape[:2], kernel.shape[-1]), grad.dtype)
+    read = jax.eval_shape(_squares, x).shape if squares else x.shape
+    to_x, to_kernel = _gradients(read, kernel, read, 1, pads, 1)
+    zero = jnp.zeros((read[-1], *kernel.shape[:2], kernel.shape[-1]), grad.dtype)
 
     def add(total: Array, images: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         x, where, grad = images
         # Equal maxima share.
         share = grad / jax.lax.population_count(where).astype(grad.dtype)
         grad = jnp.concatenate([jnp.where(where & (1 << i), share, 0) for i in range(4)], -1)
-        return total + to_kernel(_squares(x), grad), _pixels(to_x(grad))
+        if squares:
+            return total + to_kernel(_squares(x), grad), _pixels(to_x(grad))
+        grad = _pixels(grad)
+        return total + to_kernel(x, grad), to_x(grad)
 
     total, grad_x = jax.lax.scan(add, zero, (_chunks(x), where, _chunks(grad)))
     return grad_x.reshape(-1, *grad_x.shape[2:])[: x.shape[0]], total.transpose(1, 2, 0, 3)
