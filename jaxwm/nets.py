@@ -401,9 +401,10 @@ class Conv(nn.Module):
 class PooledConv(nn.Module):
     """`max_pool` of `Conv`: (n, h, w, c) to (n, h / 2, w / 2, outputs).
 
-    On CPU few channels fill neither the vectors of a product nor its columns. The pixels of a 2x2
-    square are then four times as many channels of a smaller map, from which one convolution makes
-    those of an output square: 1.4 times the operations, in half the time.
+    On CPU a few images at a time are convolved and pooled, so that what is pooled stays in the
+    cache. Few channels fill neither the vectors of a product nor its columns: for them the pixels
+    of a 2x2 square become channels of a smaller map, from which one convolution makes those of an
+    output square, with 1.4 times the operations in half the time.
     """
 
     inputs: int
@@ -517,6 +518,9 @@ def _convolve_backward(stride, pads, dilation, saved, grad):
     return to_x(grad), grad_kernel.transpose(1, 2, 0, 3)
 
 
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
 def _gradients(
     x: tuple[int, ...], kernel: Array, y: tuple[int, ...], stride: int, pads: Pads, dilation: int
 ) -> tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]:
@@ -560,7 +564,7 @@ def _pooled_forward(x, kernel, pads, squares):
         return most, sum((part == most).astype(jnp.uint8) << i for i, part in enumerate(parts))
 
     most, where = jax.lax.map(largest, _chunks(x))
-    return most.reshape(-1, *most.shape[2:])[: x.shape[0]], (x, kernel, where)
+    return _joined(most, x.shape[0]), (x, kernel, where)
 
 
 def _pooled_backward(pads, squares, saved, grad):
@@ -580,7 +584,7 @@ def _pooled_backward(pads, squares, saved, grad):
         return total + to_kernel(x, grad), to_x(grad)
 
     total, grad_x = jax.lax.scan(add, zero, (_chunks(x), where, _chunks(grad)))
-    return grad_x.reshape(-1, *grad_x.shape[2:])[: x.shape[0]], total.transpose(1, 2, 0, 3)
+    return _joined(grad_x, x.shape[0]), total.transpose(1, 2, 0, 3)
 
 
 _pooled.defvjp(_pooled_forward, _pooled_backward)
@@ -597,7 +601,9 @@ def _chunks(x: Array, size: int = 16) -> Array:
     return x.reshape(count, -1, *x.shape[1:])
 
 
-convolve.defvjp(_convolve_forward, _convolve_backward)
+def _joined(chunks: Array, count: int) -> Array:
+    """What `_chunks` cut of so many images."""
+    return chunks.reshape(-1, *chunks.shape[2:])[:count]
 
 
 def _conv(x: Array, kernel: Array, stride: int, pads: Any, dilation: int, spread: int) -> Array:
