@@ -561,7 +561,8 @@ def _pooled_forward(x, kernel, pads, squares):
         y = _conv(_squares(x) if squares else x, kernel, 1, pads, 1, 1)
         parts = jnp.split(y if squares else _squares(y), 4, -1)
         most = functools.reduce(jnp.maximum, parts)
-        return most, sum((part == most).astype(jnp.uint8) << i for i, part in enumerate(parts))
+        bits = [(part == most).astype(jnp.uint8) << i for i, part in enumerate(parts)]
+        return most, functools.reduce(jnp.bitwise_or, bits)
 
     most, where = jax.lax.map(largest, _chunks(x))
     return _joined(most, x.shape[0]), (x, kernel, where)
