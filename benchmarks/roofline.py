@@ -368,6 +368,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
             right.bar(names[index], share, bottom=bottom, color=f"C{color}", label=label, width=0.6)
             bottom += share
     right.set(ylabel="share of the time of the parts", ylim=(0, 1))
+    right.tick_params(axis="x", labelsize=8)
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -65,8 +65,8 @@ class WorldModelConfig:
       bins: bins of the two-hot reward head.
       horizon: discount horizon in steps; the continue head learns (1 - 1/horizon) * continue.
       recompute: whether a gradient computes encoder and decoder again, some of the rows at a time,
-        and keeps nothing in between: images then take a third (size1m) to a fifth (size12m) of the
-        memory, and on a CPU 1.1 to 1.2 times the time.
+        and keeps nothing in between: images then take two fifths (size1m) to a quarter (size12m) of
+        the memory, and on a CPU 1.1 to 1.2 times the time.
       dtype: compute type; parameters are float32.
     """
 
