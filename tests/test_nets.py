@@ -376,9 +376,12 @@ def test_gradients_of_convolutions_are_those_of_automatic_differentiation(
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("inputs", [2, 17])  # in squares, and as it is
+@pytest.mark.parametrize(("backend", "inputs"), [("cpu", 2), ("cpu", 17), ("gpu", 2)])
 @pytest.mark.parametrize("kernel", [3, 4, 5])
-def test_a_pooled_convolution_is_the_pool_of_a_convolution(rng, kernel, inputs):
+def test_a_pooled_convolution_is_the_pool_of_a_convolution(
+    rng, monkeypatch, kernel, backend, inputs
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # chooses the way, not the device
     # More images than are taken at a time. Of one that is empty all results are equal maxima.
     x = normal(rng, 19, 8, 6, inputs)
     x[3] = 0.0
