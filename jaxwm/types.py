@@ -127,7 +127,7 @@ class WorldModel(NamedTuple):
         Filters a real sequence; `is_first` rows forget the carry.
       imagine: `params, start (N,), policy, noise (H, N), policy noise (H, N) -> latents
         (H+1, N), actions (H, N), kept (H, N)` for a policy `features (N, F), noise -> action,
-        kept`; row 0 is `start`, action i is drawn at latent i. The features are `nets.halved`.
+        kept`; row 0 is `start`, action i is drawn at latent i. The features are `products.halved`.
       predict: `params, latents -> {obs key | "reward" | "continue": distribution}`.
       loss: `params, carry, steps, noise -> {name: loss (T, B)}, latents, metrics`.
       features: `latent -> (..., F)`, what heads read.

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks import compile_time, loop, memory, peers, scaling, throughput
 from benchmarks.roofline import carried_steps, count, demands, floor
-from jaxwm import nets
+from jaxwm import convolutions
 from jaxwm.recipes import dreamer_v3
 from jaxwm.types import JaxwmError
 
@@ -58,7 +58,7 @@ def test_what_is_differentiated_or_wrapped_is_counted():
 @pytest.mark.parametrize(("stride", "dilation", "side"), [(1, 1, 6), (2, 1, 3), (1, 2, 11)])
 def test_a_convolution(stride, dilation, side):
     pads = ((1, 1), (1, 1))
-    convolve = lambda x, k: nets.convolve(x, k, stride, pads, dilation)  # noqa: E731
+    convolve = lambda x, k: convolutions.convolve(x, k, stride, pads, dilation)  # noqa: E731
     cost = cost_of(convolve, (2, 6, 6, 3), (3, 3, 3, 5))
     # Two maps of side * side * 5 results, each of 3 * 3 * 3 taps; of a map that is dilated by 2
     # three quarters are zeros.

@@ -19,6 +19,8 @@ FLOORS = [
         "config",
         "sweep",
         "compiler",
+        "products",
+        "convolutions",
         "heap",
         "manifest",
         "lock",

@@ -1,17 +1,13 @@
 """Layers against numpy loops and numbers worked by hand."""
 
-import re
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxwm import compiler, nets
+from jaxwm import nets, products
 from jaxwm.models.gru import BlockGRU, BlockGRUConfig
-
-needs_halves = pytest.mark.skipif(not compiler.has_halves(), reason="no units for bfloat16")
 
 
 @pytest.fixture
@@ -79,8 +75,8 @@ def test_block_linear_is_a_dense_layer_of_blocks(rng):
     # The same with features first.
     def columns(method, x, *args):
         laid_out = nets.call(module, method)(jax.tree.map(jnp.asarray, params), *args)
-        kernel = laid_out if method == "laid_out" else nets.kernel_of(laid_out, "float32")
-        return nets.columns(kernel, jnp.asarray(x))
+        kernel = laid_out if method == "laid_out" else products.kernel_of(laid_out, "float32")
+        return products.columns(kernel, jnp.asarray(x))
 
     grouped = columns("laid_out", x.T.reshape(2, 3, 7), 3).reshape(4, 7)
     have = apply(module, params, np.asarray(grouped), 0, method="add_bias")
@@ -92,124 +88,12 @@ def test_block_linear_is_a_dense_layer_of_blocks(rng):
     np.testing.assert_allclose(columns("shared", shared.T, 1, 2), each.T, atol=1e-6)
 
 
-def test_columns_have_the_gradients_of_a_product(rng):
-    kernel, x, weight = normal(rng, 2, 5, 3), normal(rng, 2, 5, 7), normal(rng, 2, 3, 7)
-    ours = lambda k, x: jnp.sum(weight * nets.columns(nets.kernel_of(k, "float32"), x))  # noqa: E731
-    plain = lambda k, x: jnp.sum(weight * jnp.einsum("gio,gin->gon", k, x))  # noqa: E731
-    have, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(kernel, x) for f in (ours, plain))
-    for have_one, want_one in zip(*map(jax.tree.leaves, (have, want)), strict=True):
-        np.testing.assert_allclose(have_one, want_one, rtol=1e-5, atol=1e-5)
-
-
-# Few columns of kernels that are not the smallest are computed as rows.
-@pytest.mark.parametrize(("size", "count"), [(3, 7), (8, 7), (8, 17)])
-def test_sinks_give_the_gradients_that_steps_would_add_up(rng, size, count):
-    kernel, start = normal(rng, 2, size, size), normal(rng, 2, size, count)
-    inputs = normal(rng, 5, 2, size, count)
-
-    def total(kernel, start, inputs, apart):
-        laid_out = nets.kernel_of(kernel, "float32")
-
-        def step(x, given):
-            own, sink = given
-            used = nets.with_sinks(laid_out, sink) if apart else laid_out
-            return jnp.tanh(nets.columns(used, x) + own), x
-
-        each = (inputs, nets.sinks(laid_out, 5, count) if apart else None)
-        last, seen = jax.lax.scan(step, start, each)
-        return jnp.sum(last**2) + jnp.sum(jnp.sin(seen))
-
-    gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2)), static_argnums=3)
-    have, want = (gradients(kernel, start, inputs, apart) for apart in (True, False))
-    for have_one, want_one in zip(*map(jax.tree.leaves, (have, want)), strict=True):
-        np.testing.assert_allclose(have_one, want_one, rtol=1e-5, atol=1e-5)
-
-
-def rounded(x):
-    return np.asarray(x.astype(jnp.bfloat16), np.float64)
-
-
-@needs_halves
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 16), (16, 64)])
-def test_products_of_halves_sum_rounded_factors_in_float32(rng, inputs, outputs):
-    x, kernel, grad = (
-        normal(rng, 33, inputs),
-        normal(rng, inputs, outputs),
-        normal(rng, 33, outputs),
-    )
-
-    def with_gradients(x, kernel, grad):
-        y, back = jax.vjp(nets.product, x, kernel)
-        return y, *back(grad)
-
-    with jax.default_matmul_precision("bfloat16"):
-        have = compiler.jit(with_gradients)(x, kernel, grad)
-    x, kernel, grad = map(rounded, (x, kernel, grad))
-    for have_one, want in zip(have, (x @ kernel, grad @ kernel.T, x.T @ grad), strict=True):
-        assert have_one.dtype == jnp.float32
-        np.testing.assert_allclose(have_one, want, rtol=1e-5, atol=1e-5)
-
-
-@needs_halves
-def test_halves_are_the_nearest_and_are_multiplied_as_they_are(rng):
-    x, kernel = map(jnp.asarray, (normal(rng, 33, 64), normal(rng, 64, 16)))
-    # Bfloat16 has 8 binary digits: after 1 comes 1 + 2**-7, and after -2 comes -2 - 2**-6.
-    given = [1 + 2**-9, 1 + 2**-8, 1 + 3 * 2**-9, -2 - 2**-7, 0.0, 3.4e38, np.inf, np.nan]
-    nearest = [1, 1 + 2**-7, 1 + 2**-7, -2 - 2**-6, 0, np.inf, np.inf, np.nan]
-    assert nets.halved(x) is x
-    with jax.default_matmul_precision("bfloat16"):
-        bits = nets.halved(jnp.asarray(given, jnp.float32))
-        kept = nets.halved(x)
-        assert nets.halved(kept) is kept
-        learn = jax.value_and_grad(lambda kernel, x: nets.product(x, kernel).sum())
-        learn = compiler.jit(learn)
-        (have, grad), (want, same) = learn(kernel, kept), learn(kernel, x)
-    values = jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
-    np.testing.assert_array_equal(values, nearest)
-    assert have == want
-    np.testing.assert_array_equal(grad, same)
-
-
-# As rows and as columns, of a population.
-@needs_halves
-@pytest.mark.parametrize("count", [8, 17])
-def test_no_product_of_a_loop_of_halves_is_computed_in_float32(rng, count):
-    kernel, start = normal(rng, 8, 8) / 3, normal(rng, 3, 8, count)
-    inputs = normal(rng, 5, 8, count)
-
-    def total(kernel, start):
-        laid_out = nets.kernel_of(kernel, "float32")
-
-        def step(x, given):
-            own, sink = given
-            x = jnp.tanh(nets.columns(nets.with_sinks(laid_out, sink), x) + own)
-            return x, nets.product(x.T, kernel)
-
-        last, seen = jax.lax.scan(step, start, (inputs, nets.sinks(laid_out, 5, count)))
-        return jnp.sum(last**2) + jnp.sum(jnp.sin(seen))
-
-    def gradients():
-        each = jax.vmap(jax.grad(lambda *x: total(*x), (0, 1)), (None, 0))
-        return compiler.jit(each).lower(kernel, start).compile()
-
-    want = gradients()(kernel, start)
-    with jax.default_matmul_precision("bfloat16"):
-        compiled = gradients()
-        have = compiled(kernel, start)
-    text = compiled.as_text()
-    kinds = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", text))
-    factors = re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\)", text)
-    assert len(factors) >= 5 and {kinds[x] for pair in factors for x in pair} == {"bf16"}
-    for have_one, want_one in zip(have, want, strict=True):
-        assert 0 < np.linalg.norm(have_one - want_one) < 0.02 * np.linalg.norm(want_one)
-
-
 def test_gradients_of_many_steps_add_up_in_full_precision():
     module, one = nets.Linear(1, 1, dtype="bfloat16"), jnp.ones((1, 1))
 
     def total(kernel):
         laid_out = nets.call(module, "laid_out")({"kernel": kernel, "bias": jnp.zeros(1)}, 1)
-        product = lambda: nets.columns(laid_out, one.astype("bfloat16"))  # noqa: E731
+        product = lambda: products.columns(laid_out, one.astype("bfloat16"))  # noqa: E731
         step = lambda carry, _: (carry + product().astype("float32")[0, 0], None)  # noqa: E731
         return jax.lax.scan(step, 0.0, None, 1000)[0]
 
@@ -228,17 +112,6 @@ def test_slices_change_neither_values_nor_gradients(rng):
     have, want = (jax.jit(jax.value_and_grad(f))(x) for f in (total, whole))
     for have_one, want_one in zip(have, want, strict=True):
         np.testing.assert_allclose(have_one, want_one, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize(("inputs", "outputs"), [(7, 3), (3, 7)])
-def test_the_gradients_of_a_product_are_those_of_a_matrix_product(rng, inputs, outputs):
-    x, kernel = normal(rng, 2, 5, inputs), normal(rng, inputs, outputs)
-    have, want = (
-        jax.jit(jax.grad(lambda *args, f=f: jnp.sum(jnp.sin(f(*args))), (0, 1)))(x, kernel)
-        for f in (nets.product, jnp.matmul)
-    )
-    for have_one, want_one in zip(have, want, strict=True):
-        np.testing.assert_allclose(have_one, want_one, rtol=1e-5, atol=1e-5)
 
 
 def test_remembered_products_are_not_computed_again_and_learn_the_same(rng):
@@ -342,6 +215,15 @@ def test_convolution_by_loops(rng, stride):
     np.testing.assert_allclose(apply(module, params, x), want, atol=1e-4)
 
 
+def test_pooled_convolution_by_loops(rng):
+    x = normal(rng, 2, 4, 6, 3)
+    module = nets.PooledConv(3, 4)
+    params = fill(module, rng, x)
+    want = convolved(x, params["kernel"], params["bias"], 1)
+    want = want.reshape(2, 2, 2, 3, 2, 4).max((2, 4))
+    np.testing.assert_allclose(apply(module, params, x), want, atol=1e-4)
+
+
 def test_transposed_convolution_is_a_convolution_of_a_sparse_map(rng):
     x = normal(rng, 2, 3, 4, 3)
     module = nets.ConvTranspose(3, 2)
@@ -350,64 +232,6 @@ def test_transposed_convolution_is_a_convolution_of_a_sparse_map(rng):
     sparse[:, 1::2, 1::2] = x
     want = convolved(sparse, params["kernel"], params["bias"], 1)
     np.testing.assert_allclose(apply(module, params, x), want, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("stride", "dilation", "pads"), [(1, 1, (2, 2)), (2, 1, (1, 2)), (1, 2, (3, 2))]
-)
-def test_gradients_of_convolutions_are_those_of_automatic_differentiation(
-    rng, stride, dilation, pads
-):
-    # More images than are taken at a time, and not a multiple of them.
-    x, kernel = rng.normal(size=(20, 8, 6, 3)), rng.normal(size=(5, 5, 3, 4))
-    x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
-    pads = (pads, pads)
-
-    def plain(x, kernel):
-        names = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride,) * 2, pads, (dilation,) * 2, dimension_numbers=names
-        )
-
-    want, pull = jax.vjp(plain, x, kernel)
-    got, own_pull = jax.vjp(lambda x, k: nets.convolve(x, k, stride, pads, dilation), x, kernel)
-    np.testing.assert_allclose(got, want, atol=1e-5)
-    for one, other in zip(own_pull(jnp.cos(want)), pull(jnp.cos(want)), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("backend", "inputs"), [("cpu", 2), ("cpu", 17), ("gpu", 2)])
-@pytest.mark.parametrize("kernel", [3, 4, 5])
-def test_a_pooled_convolution_is_the_pool_of_a_convolution(
-    rng, monkeypatch, kernel, backend, inputs
-):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # chooses the way, not the device
-    # More images than are taken at a time. Of one that is empty all results are equal maxima.
-    x = normal(rng, 19, 8, 6, inputs)
-    x[3] = 0.0
-    module, plain = nets.PooledConv(inputs, 4, kernel), nets.Conv(inputs, 4, kernel)
-    params, weight = fill(module, rng, x), normal(rng, 19, 4, 3, 4)
-
-    def pooled(params, x):
-        return module.apply({"params": params}, x)
-
-    def pool_of_plain(params, x):
-        return plain.apply({"params": params}, x).reshape(19, 4, 2, 3, 2, 4).max((2, 4))
-
-    got, want = (
-        jax.value_and_grad(lambda *args, f=f: (f(*args) * weight).sum(), (0, 1))(
-            params, jnp.asarray(x)
-        )
-        for f in (pooled, pool_of_plain)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
-
-
-def test_pooling_and_doubling_by_hand():
-    x = jnp.array([[1.0, 2.0, 5.0, 0.0], [3.0, 4.0, -1.0, -2.0]])[None, :, :, None]
-    np.testing.assert_array_equal(nets.max_pool(x)[0, :, :, 0], [[4, 5]])
-    small = jnp.array([[1.0, 2.0]])[None, :, :, None]
-    np.testing.assert_array_equal(nets.upsample(small)[0, :, :, 0], [[1, 1, 2, 2], [1, 1, 2, 2]])
 
 
 def silu(x):

@@ -26,6 +26,7 @@ from jaxwm.numerics import (
     percentiles_update,
     symexp_bins,
 )
+from jaxwm.products import halved
 from jaxwm.returns import lambda_return, replay_lambda_return
 from jaxwm.types import (
     Action,
@@ -245,7 +246,7 @@ def actor_critic(
 
         dreamt = model.imagine(fixed_model, start, step, prior_noise, action_noise)
         imagined, actions, (feat, policy_products) = sg(dreamt)
-        last = nets.halved(model.features(imagined)[-1])
+        last = halved(model.features(imagined)[-1])
 
         critics = {"value": fixed_params["value"], "slow": slow["value"]}
 

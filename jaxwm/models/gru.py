@@ -8,7 +8,7 @@ What does not depend on the recurrent carry, the action's whole path, is `action
 computed for all steps at once, and only `step` stays inside the scan. There the deterministic
 state is (D, N), features first and the batch last: cutting it into blocks is then free, every
 gate is one contiguous slab, and no product needs a transposition. Of few columns a CPU computes
-rows instead: see `nets.in_rows`.
+rows instead: see `products.in_rows`.
 
 In a dream, where actions come one at a time, the path of an action that is one of few choices has
 as many outcomes: they are a table, which its one-hot multiplies.
@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxwm import nets
+from jaxwm import nets, products
 from jaxwm.types import Array, Float, JaxwmError
 
 
@@ -50,10 +50,10 @@ class BlockGRUConfig:
 class Kernels(NamedTuple):
     """The kernels of the products inside `step`."""
 
-    in_deter: nets.Kernel  # (D, hidden)
-    own: nets.Kernel  # (blocks, D / blocks, D / blocks): a block's own slice of h
-    shared: nets.Kernel  # (inputs * hidden, D): what all blocks read
-    gates: nets.Kernel  # (blocks, D / blocks, 3 * D / blocks)
+    in_deter: products.Kernel  # (D, hidden)
+    own: products.Kernel  # (blocks, D / blocks, D / blocks): a block's own slice of h
+    shared: products.Kernel  # (inputs * hidden, D): what all blocks read
+    gates: products.Kernel  # (blocks, D / blocks, 3 * D / blocks)
 
 
 class BlockGRU(nn.Module):
@@ -100,7 +100,7 @@ class BlockGRU(nn.Module):
     def action_input(self, action: Float[Array, "*lead N A"]) -> Float[Array, "*lead D N"]:
         """What an action adds to the hidden layer, its bias included."""
         kernel, x2 = self._shared(2, 1).astype(self.dtype), self._embed_action(action)
-        return self.hidden.add_bias(jnp.swapaxes(nets.product(x2, kernel), -1, -2), axis=-2)
+        return self.hidden.add_bias(jnp.swapaxes(products.product(x2, kernel), -1, -2), axis=-2)
 
     def step(
         self,
@@ -136,7 +136,7 @@ class BlockGRU(nn.Module):
         return Kernels(
             self.in_deter.laid_out(self.config.deter),
             self.hidden.laid_out(size),
-            nets.kernel_of(shared, self.dtype),
+            products.kernel_of(shared, self.dtype),
             self.gates.laid_out(size),
         )
 
@@ -158,19 +158,19 @@ class BlockGRU(nn.Module):
         """The next state: all blocks `read` some projections; what others give is `added`."""
         blocks = self.config.blocks
         cut = (blocks, deter.shape[0] // blocks, deter.shape[1])
-        x0 = self.in_deter.add_bias(nets.columns(kernels.in_deter, deter), axis=0)
+        x0 = self.in_deter.add_bias(products.columns(kernels.in_deter, deter), axis=0)
         x0 = nets.silu(self.in_deter_norm(x0))
-        own = nets.columns(kernels.own, deter.reshape(cut)).reshape(deter.shape)
-        shared = nets.columns(kernels.shared, jnp.concatenate([x0, *(x.T for x in read)]))
+        own = products.columns(kernels.own, deter.reshape(cut)).reshape(deter.shape)
+        shared = products.columns(kernels.shared, jnp.concatenate([x0, *(x.T for x in read)]))
         x = nets.silu(self.hidden_norm(own + shared + added))
         bias = self.gates.bias.astype(self.dtype).reshape(blocks, 3, -1, 1)
-        gates = nets.columns(kernels.gates, x.reshape(cut)).reshape(blocks, 3, *cut[1:]) + bias
+        gates = products.columns(kernels.gates, x.reshape(cut)).reshape(blocks, 3, *cut[1:]) + bias
         # Columns lie in memory feature by feature, whatever the block; rows block by block.
-        rows = nets.in_rows(kernels.gates, deter)
+        rows = products.in_rows(kernels.gates, deter)
         reset, candidate, update, old = (
             part.reshape(cut if rows else deter.shape)
             for part in (gates[:, 0], gates[:, 1], gates[:, 2], deter)
         )
         update = jax.nn.sigmoid(update - 1)
         new = update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * old
-        return (nets.rowwise(new) if rows else new).reshape(deter.shape)
+        return (products.rowwise(new) if rows else new).reshape(deter.shape)

@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxwm import dists, nets
+from jaxwm import dists, nets, products
 from jaxwm.config import at_least, require
 from jaxwm.models import latents as lt
 from jaxwm.models.encoders import (
@@ -101,7 +101,7 @@ class Posterior(nn.Module):
         self.norm = nets.RMSNorm(core.hidden, axis=0)
         self.logits = nets.Linear(core.hidden, latent.stoch * latent.classes, dtype=dtype)
 
-    def kernels(self) -> tuple[nets.Kernel, nets.Kernel]:
+    def kernels(self) -> tuple[products.Kernel, products.Kernel]:
         """What `step` multiplies with, laid out once for all steps."""
         core = self.config.core
         return self.hidden.laid_out(core.deter), self.logits.laid_out(core.hidden)
@@ -112,12 +112,12 @@ class Posterior(nn.Module):
         return jnp.swapaxes(tokens, -1, -2)
 
     def step(
-        self, kernels: tuple[nets.Kernel, nets.Kernel], deter: Array, token_input: Array
+        self, kernels: tuple[products.Kernel, products.Kernel], deter: Array, token_input: Array
     ) -> Array:
         """Logits (N, S, K) from deter (D, N) and the precomputed `token_input`."""
         hidden, logits = kernels
-        x = nets.silu(self.norm(nets.columns(hidden, deter) + token_input))
-        x = self.logits.add_bias(nets.columns(logits, x), axis=0)
+        x = nets.silu(self.norm(products.columns(hidden, deter) + token_input))
+        x = self.logits.add_bias(products.columns(logits, x), axis=0)
         return x.T.reshape(-1, self.config.latent.stoch, self.config.latent.classes)
 
     def __call__(self, deter: Array, tokens: Array) -> Array:
@@ -230,7 +230,7 @@ def world_model(
 
         def step(carry: Latent, inputs: Any) -> tuple[Latent, tuple[Latent, Array]]:
             (action, token, keep, draws), sinks = inputs
-            to_core, to_posterior = nets.with_sinks(kernels, sinks)
+            to_core, to_posterior = products.with_sinks(kernels, sinks)
             deter = jnp.where(keep[None], carry.deter, 0)
             stoch = jnp.where(keep[:, None], _flat(carry.stoch), 0)
             deter = core_step(params["core"], to_core, deter, stoch, action)
@@ -238,7 +238,7 @@ def world_model(
             carry = Latent(deter, sample(logits, draws))
             return carry, (carry, logits)
 
-        inputs = inputs, nets.sinks(kernels, *lead)
+        inputs = inputs, products.sinks(kernels, *lead)
         _, (latents, logits) = jax.lax.scan(nets.keep_products(step), _swap(carry), inputs)
         return _swap(latents), logits
 
@@ -256,7 +256,7 @@ def world_model(
             draws, policy_draw = inputs
             latent = Latent(carry.deter[:, :rows].T, carry.stoch)
             # Rounded before they are joined, which then moves half as much.
-            action, kept = policy(features(jax.tree.map(nets.halved, latent)), policy_draw)
+            action, kept = policy(features(jax.tree.map(products.halved, latent)), policy_draw)
             read = _flat(carry.stoch), concat_entries(action_space, as_dict(action))
             deter = core_dream(params["core"], kernels, base, carry.deter, *map(widen, read))
             logits = prior_logits(params["prior"], deter, True)[:rows]
