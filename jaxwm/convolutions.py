@@ -24,6 +24,8 @@ def convolve(
 ) -> Float[Array, "n h2 w2 c2"]:
     """Convolution of NHWC maps by an HWIO kernel; `dilation` puts zeros between pixels.
 
+    `pads` are the zeros before and after each of h and w; an output has
+    `((h - 1) * dilation + 1 + pads - kernel) // stride + 1` pixels, likewise in w.
     On CPU the gradients are convolutions in the one layout that XLA has a fast routine for:
     inside a loop it runs the ones of automatic differentiation some ten times slower.
     """
@@ -78,7 +80,7 @@ def _gradients(
 def convolve_pooled(
     x: Float[Array, "n h w c"], kernel: Float[Array, "k k c o"]
 ) -> Float[Array, "n h2 w2 o"]:
-    """`max_pool(convolve(x, kernel))` with SAME padding, without a stride.
+    """`max_pool(convolve(x, kernel))` with SAME padding, of maps of even height and width.
 
     On CPU a few images at a time are convolved and pooled, so that what is pooled stays in the
     cache. Few channels fill neither the vectors of a product nor its columns: for them the pixels
