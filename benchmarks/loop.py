@@ -85,8 +85,7 @@ def training(
 
 def collecting(size: str, envs: int, rows: int = 128, dtype: str = "auto") -> RunConfig:
     """A run that never learns, with a replay of so many rows for each environment."""
-    # So small a train ratio counts as none.
-    return training(size, envs, ratio=1e-9, dtype=dtype, capacity=rows * envs)
+    return training(size, envs, ratio=0, dtype=dtype, capacity=rows * envs)
 
 
 def measure(run: Run, repeats: int) -> dict[str, Any]:

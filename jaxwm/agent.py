@@ -100,7 +100,7 @@ class Noise(NamedTuple):
     """Every random draw of one update."""
 
     posterior: Array  # (T, B, ...)
-    prior: Array  # (H, T * B, ...), or the keys of the steps (H,)
+    prior: Array  # (H, T * B, ...)
     action: Any  # (H, T * B, ...)
 
 
@@ -166,11 +166,10 @@ def make_agent(
       JaxwmError: if the model or the behaviour cannot take the spaces.
     """
     dtype = compute_dtype(config.dtype)
-    actions = as_dict(action_space)
     model_config = dataclasses.replace(config.model, dtype=dtype)
-    model = world_model(model_config, obs_space, actions)
+    model = world_model(model_config, obs_space, as_dict(action_space))
     feature_size = jax.eval_shape(lambda: model.features(model.initial(1))).shape[-1]
-    behavior = actor_critic(config.behavior, actions, model, feature_size, dtype, shards.every)
+    behavior = actor_critic(config.behavior, action_space, model, feature_size, dtype, shards.every)
     squares = lambda tree: shards.parts(square_sums(tree))  # noqa: E731
     optimizer = laprop(**dataclasses.asdict(config.optim), square_sums=squares)
     slow = slow_copy(config.slow_rate)

@@ -201,8 +201,7 @@ class Saver:
       run: the run's folder.
       config: the run.
       tell: is given a sentence about a save that failed.
-      start: the step that the run goes on from; checkpoints of later ones are damaged, and are set
-        aside.
+      start: the step that the run goes on from, see `rewind`; None: from its newest checkpoint.
     """
 
     def __init__(
@@ -220,9 +219,8 @@ class Saver:
         for path in self._folder.iterdir():
             if _LEFT_OVER.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
-        for step in steps(run):
-            if step > (step if start is None else start):
-                (self._folder / str(step)).rename(_free(self._folder / f"{step}.damaged"))
+        if start is not None:
+            self.rewind(start)
 
     def __enter__(self) -> "Saver":
         self._speak = _silence()
@@ -239,6 +237,14 @@ class Saver:
         if self._job is not None:
             self._job.result()
             self._job = None
+
+    def rewind(self, step: int) -> None:
+        """Sets aside the checkpoints of later steps than a run goes on from: they are damaged."""
+        if jax.process_index() > 0:
+            return
+        for later in steps(self._run):
+            if later > step:
+                (self._folder / str(later)).rename(_free(self._folder / f"{later}.damaged"))
 
     def save(self, step: int, state: Any, score: float = math.nan) -> None:
         """Begins to write a checkpoint, once the one before is written.

@@ -383,6 +383,7 @@ def _configure(recipe: str, default: Any, words: list[str], others: list[str]) -
     import tyro
 
     from jaxwm.config import flatten
+    from jaxwm.recipes import anneal
 
     told = io.StringIO()
     try:
@@ -401,6 +402,10 @@ def _configure(recipe: str, default: Any, words: list[str], others: list[str]) -
         raise
     names = [f"--{path.replace('_', '-')}" for path in flatten(default)]
     _refuse(rest, names + others, f"jaxwm train {recipe}")
+    falls = "--agent.optim.anneal-steps"
+    given = any(word.partition("=")[0].replace("_", "-") == falls for word in words)
+    if default.agent.optim.anneal_steps and not given:
+        config = anneal(config)  # whose length the flags may have changed
     if config.recipe != recipe:
         raise UsageError(f"The recipe is {recipe}; --recipe {config.recipe} contradicts it.")
     return config

@@ -8,7 +8,7 @@ unless programs are kept on disk: XLA writes none whose memory is in several pie
 What a user's XLA_FLAGS say of an option stays as they say.
 
 On CPUs that gain by it JAX_DEFAULT_MATMUL_PRECISION=bfloat16, which XLA itself passes over there,
-is heeded: `nets` rounds the factors of products to bfloat16 and sums in float32, as TPUs do by
+is heeded: `products` rounds their factors to bfloat16 and sums in float32, as TPUs do by
 default. YNNPACK multiplies these twice as fast as XLA does float32.
 """
 

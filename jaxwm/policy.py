@@ -17,6 +17,7 @@ import numpy as np
 from jaxwm import checkpoint, sweep, weights
 from jaxwm.agent import Agent, make_agent
 from jaxwm.config import require
+from jaxwm.envs import wrappers
 from jaxwm.recipes import RunConfig
 from jaxwm.types import (
     Action,
@@ -63,13 +64,21 @@ class Policy:
         self.obs_space, self.action_space = env.obs_space, env.action_space
         self._agent, self._params, self._seed = agent, params, seed
 
+        def clip(space: Space, value: Array) -> Array:
+            if not isinstance(space, Box):
+                return value
+            low, high = wrappers.bounds(space)
+            return jnp.clip(value, low[None], high[None])
+
         def act(params: Params, obs: dict[str, Array], state: PolicyState) -> Any:
             key, key_act = jax.random.split(state.key)
             no = jnp.zeros_like(state.is_first)
             reward = jnp.zeros(no.shape)
             row = Step(state.action, obs, reward, state.is_first, no, no)
             latent, action = agent.act(params, state.latent, row, key_act)
-            return action, PolicyState(latent, action, key, no)
+            # The model knows actions as they were drawn, environments clip them.
+            clipped = wrappers.map_spaces(clip, self.action_space, action)
+            return clipped, PolicyState(latent, action, key, no)
 
         self._act = jax.jit(act)
 
@@ -89,8 +98,8 @@ class Policy:
           state: what the call before returned; None begins an episode.
 
         Returns:
-          The action, in numpy, with a leading axis if `obs` has one; boxes lie in [-1, 1]. And
-          the state for the next call.
+          The action, in numpy, with a leading axis if `obs` has one; boxes lie in [-1, 1], but
+          for those of a space without bounds. And the state for the next call.
 
         Raises:
           JaxwmError: if the observation does not fit the space, or the state the observation.

@@ -38,8 +38,9 @@ class ReplayConfig:
       capacity: rows kept in all, over all environments.
       batch_size: windows B per update.
       batch_length: trained rows T per window.
-      train_ratio: rows trained on per environment step, a whole number or a fraction; updates
-        per environment step are train_ratio / (B * T), kept exactly over a run.
+      train_ratio: rows trained on per environment step, rounded to a fraction of whole numbers up
+        to 1000 if it has decimals; updates per environment step are then train_ratio / (B * T),
+        kept exactly over a run. 0 collects and never learns.
       online: whether every new window is trained on once before the uniform ones.
       context_every: rows from one whose latent is stored to the next; windows begin at these. As
         in the reference 1; a larger divisor of `batch_length` saves memory.
@@ -56,16 +57,16 @@ class ReplayConfig:
     place: Literal["device", "host"] = "device"
 
     def __post_init__(self):
-        names = ("capacity", "batch_size", "batch_length", "train_ratio", "context_every")
+        names = ("capacity", "batch_size", "batch_length", "context_every")
         for name in names:
             value = getattr(self, name)
             if not value > 0:
                 raise JaxwmError(f"The replay's {name} is {value}; it must be positive.")
-        if not self.train_ratio <= 1e6:
+        if not (self.train_ratio == 0 or 1e-3 <= self.train_ratio <= 1e6):
             raise JaxwmError(
-                f"The replay's train_ratio is {self.train_ratio}; it must be at most 1e6."
+                f"The replay's train_ratio is {self.train_ratio}; it must be from 0.001 to 1e6, or "
+                "0 to collect and never learn."
             )
-
         if self.batch_length % self.context_every:
             raise JaxwmError(
                 f"The replay's context_every is {self.context_every}, which does not divide its "
@@ -323,7 +324,7 @@ def check_fits(
         where = f"the device ({device.device_kind})" if place == "device" else "this host"
         raise JaxwmError(
             f"{what} needs {nbytes / 2**30:.1f} GiB and {where} has {limit / 2**30:.1f} GiB. "
-            "Lower --replay.capacity or the number of seeds."
+            "Lower --replay.capacity, or the number of seeds if there are several."
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -207,8 +208,10 @@ def _train(
                 attempts += 1
                 _tell_attempt(state, metrics, attempts, config, console)
                 saver.wait()
+                del state, lines  # makes room for the checkpoint's
                 state = _state(program, config, folder, console, accept, attempts)
                 step, updates = _counts(state, config)
+                saver.rewind(step)
                 if logger is not None:
                     logger.rewind(step)
                 lines = _lines(program, chunk, state, signals, first_update)
@@ -261,7 +264,7 @@ def _state(
     if mesh.agree(len(checkpoint.steps(folder))):
         like = program.shapes()
         state = checkpoint.restore(folder, like, config, console.print, accept)
-        state = program.resume(state)
+        state = program.resume(_pardoned(state, config))
     else:
         console.print(f"{folder} has no checkpoint yet: the run begins again from its start.")
         state = program.init()
@@ -273,6 +276,16 @@ def _state(
         return fold(key) if config.members == 1 else jax.vmap(fold)(key)
 
     return state._replace(key=jax.jit(other, out_shardings=state.key.sharding)(state.key))
+
+
+def _pardoned(state: train.TrainState, config: RunConfig) -> train.TrainState:
+    """A restored state, without what it refused while the run still skipped such updates."""
+    refused, policy = _refused(state), config.on_divergence
+    # Runs that roll back save nothing of the kind, those that abort only of some of their members.
+    if policy == "skip" or (policy == "abort" and not refused.all()):
+        return state
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), state.health)
+    return state._replace(health=zeros)
 
 
 def _add_returns(sums: tuple[float, float], metrics: dict[str, Any]) -> tuple[float, float]:
@@ -307,7 +320,7 @@ def _lines(
         count = min(count, max(1, int(_DISPATCH / pace)))
         count = mesh.agree(min(count, warm - done) if done < warm else count)
         begun = time.monotonic()
-        state, metrics = chunk(state, count, done % program.iterations == 0)
+        state, metrics = chunk(state, count, (done + count) % program.iterations == 0)
         metrics = mesh.fetch(metrics)
         done = int(state.clock.iteration)
         if not first_update and int(state.clock.updates) > before:

@@ -34,6 +34,7 @@ from jaxwm.replay import Buffer, Cursor, Replay, check_fits, replay
 from jaxwm.types import (
     ALONE,
     Array,
+    Box,
     Env,
     HostEnv,
     Int,
@@ -42,6 +43,7 @@ from jaxwm.types import (
     Metrics,
     Shards,
     Step,
+    as_dict,
     zeros,
 )
 
@@ -100,7 +102,7 @@ class Chunk(NamedTuple):
     """Some iterations, one after the other; the state is updated in place.
 
     Attributes:
-      function: `TrainState, count, fresh -> TrainState, metrics`, jitted or compiled.
+      function: `TrainState, count, ends -> TrainState, metrics`, jitted or compiled.
       iterations: the usual count, which makes up a line of metrics.
       temporary: bytes that a compiled one needs beside the state, if the backend tells.
     """
@@ -110,11 +112,11 @@ class Chunk(NamedTuple):
     temporary: int = 0
 
     def __call__(
-        self, state: TrainState, count: int | None = None, fresh: bool = True
+        self, state: TrainState, count: int | None = None, ends: bool = True
     ) -> tuple[TrainState, Any]:
-        """The state after `count` iterations, and the metrics since the last fresh start."""
+        """The state after `count` iterations, and the metrics since a line of them last ended."""
         count = self.iterations if count is None else count
-        return self.function(state, np.int32(count), np.bool_(fresh))
+        return self.function(state, np.int32(count), np.bool_(ends))
 
 
 class Program(NamedTuple):
@@ -156,7 +158,7 @@ class Program(NamedTuple):
 
 
 def make_env(config: RunConfig) -> Env | HostEnv:
-    """The single environment of a run, with its wrappers.
+    """The single environment of a run, with its wrappers; it takes boxes in [-1, 1].
 
     Raises:
       JaxwmError: if there is no such environment, or it breaks the contract of `types.Env`.
@@ -170,6 +172,9 @@ def make_env(config: RunConfig) -> Env | HostEnv:
         if config.time_limit:
             env = wrappers.time_limit(env, config.time_limit)
     check.validate(env)
+    boxes = [x for x in as_dict(env.action_space).values() if isinstance(x, Box)]
+    if isinstance(env, Env) and any(np.isfinite([*wrappers.bounds(x)]).all() for x in boxes):
+        return wrappers.normalize_action(env)
     return env
 
 
@@ -347,14 +352,14 @@ def _on_device(
         state, row = env.reset(shards.own(key))
         return state, row._replace(action=zeros(env.action_space, (config.envs,)))
 
-    def chunk(state: TrainState, count: Array, fresh: Array) -> tuple[TrainState, Metrics]:
+    def chunk(state: TrainState, count: Array, ends: Array) -> tuple[TrainState, Metrics]:
         iterate = _iteration(config, env, learner_of(state.values), memory)
-        own = begin_line(state._replace(key=shards.own(state.key)), fresh)
+        own = state._replace(key=shards.own(state.key))
         # How often is no part of the program: chunks of any length share it.
         after = jax.lax.fori_loop(0, count, lambda _, state: iterate(state), own)
         ended = shards.total({name: getattr(after.episodes, name) for name in SUMS})
         metrics = metrics_of(after.account, after.health, after.episodes._replace(**ended))
-        return after._replace(key=state.key), metrics
+        return end_line(after._replace(key=state.key), ends), metrics
 
     def fault(state: TrainState) -> str | None:
         found = mesh.fetch(state.env.fault)
@@ -426,9 +431,9 @@ def _no_sums(agent: Agent, memory: Replay, state: AgentState) -> Metrics:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
 
-def begin_line(state: Any, fresh: Any, xp: Any = jnp) -> Any:
-    """A state whose sums for the next line of metrics begin anew, if they should."""
-    keep = lambda x: xp.where(fresh, xp.zeros_like(x), x)  # noqa: E731
+def end_line(state: Any, ends: Any, xp: Any = jnp) -> Any:
+    """A state whose sums begin anew for the next line of metrics, if one ends here."""
+    keep = lambda x: xp.where(ends, xp.zeros_like(x), x)  # noqa: E731
     sums = {name: keep(getattr(state.episodes, name)) for name in SUMS}
     account = jax.tree.map(keep, state.account)
     return state._replace(episodes=state.episodes._replace(**sums), account=account)

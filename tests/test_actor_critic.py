@@ -201,17 +201,17 @@ def test_the_value_loss_pulls_to_returns_and_to_the_slow_critic(setting, paramet
 
 
 ACTIONS = {
-    "discrete": ({"action": Discrete(4)}, jnp.int32, ()),
-    "continuous": ({"action": Box((3,), low=-1, high=1)}, jnp.float32, (3,)),
-    "several": ({"action": Discrete((2, 5, 3), (3,))}, jnp.int32, (3,)),
-    "table": ({"action": Discrete(3, (2, 2))}, jnp.int32, (2, 2)),
+    "discrete": (Discrete(4), jnp.int32, ()),
+    "continuous": (Box((3,), low=-1, high=1), jnp.float32, (3,)),
+    "several": (Discrete((2, 5, 3), (3,)), jnp.int32, (3,)),
+    "table": (Discrete(3, (2, 2)), jnp.int32, (2, 2)),
 }
 
 
 @pytest.mark.parametrize("kind", ACTIONS)
 def test_actions_fit_their_space(kind):
-    spaces, dtype, shape = ACTIONS[kind]
-    behavior = actor_critic(dataclasses.replace(CONFIG, unimix=0.5), spaces, linear_model(), F)
+    space, dtype, shape = ACTIONS[kind]
+    behavior = actor_critic(dataclasses.replace(CONFIG, unimix=0.5), space, linear_model(), F)
     params = perturbed(behavior.init(jax.random.key(0)), 0)
     feat = jax.random.normal(jax.random.key(1), (500, F))
     act = jax.jit(lambda key: behavior.act(params, feat, behavior.noise(key, (500,))))
@@ -219,7 +219,6 @@ def test_actions_fit_their_space(kind):
     assert action.shape == (500, *shape) and action.dtype == dtype
     np.testing.assert_array_equal(action, act(jax.random.key(2)))
     assert (action != act(jax.random.key(3))).any()
-    space = spaces["action"]
     if isinstance(space, Discrete):
         classes = np.broadcast_to(space.classes, shape)
         # Every class that exists is chosen, and none that does not.
@@ -231,6 +230,20 @@ def test_actions_fit_their_space(kind):
         assert np.abs(mean).max() <= 1 and 0.05 < np.abs(action - mean).mean() < 1
     dist = behavior.policy(params, feat)["action"]
     assert dist.log_prob(jnp.asarray(action)).shape == dist.entropy().shape == (500,)
+
+
+def test_a_dict_of_one_action_stays_a_dict_whatever_its_name():
+    for name in ("action", "turn"):
+        behavior = actor_critic(CONFIG, {name: Discrete(2)}, linear_model(), F)
+        params = behavior.init(jax.random.key(0))
+        action = behavior.act(params, jnp.zeros((7, F)), behavior.noise(jax.random.key(1), (7,)))
+        assert {key: x.shape for key, x in action.items()} == {name: (7,)}
+
+
+def test_names_of_actions_that_clash_are_told():
+    for clash in ({"mlp": Discrete(2)}, {"a": Box((1,)), "a_mean": Discrete(2)}):
+        with pytest.raises(JaxwmError, match=r"would be the output (mlp|a_mean) .* Rename"):
+            actor_critic(CONFIG, clash, linear_model(), F)
 
 
 def test_named_actions_come_as_a_dict():

@@ -299,6 +299,17 @@ def test_what_was_damaged_is_set_aside_where_a_run_goes_on(saved, tiny):
     assert sorted(x.name for x in folder.iterdir()) == ["2", "3", "best-2"]
 
 
+def test_a_run_that_goes_back_past_a_damaged_checkpoint_saves_that_step_anew(saved, tiny):
+    with checkpoint.Saver(saved, tiny, pytest.fail, start=3) as saver:
+        flip(saved / "checkpoints" / "3" / "params" / "manifest.ocdbt")
+        saver.rewind(2)
+        saver.save(3, state(7, 8))
+        saver.save(4, state(4, 5))
+    assert checkpoint.steps(saved) == [3, 4]
+    names = {name: state for name, _, state in checkpoint.overview(saved)}
+    assert names["3"] == names["4"] == "sound" and "has changed" in names["3.damaged"]
+
+
 def test_rows_that_were_damaged_meanwhile_are_written_anew(saved, tiny):
     told = []
     rows = next((saved / "checkpoints" / "2").glob("rows-*/d/*"))

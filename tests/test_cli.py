@@ -91,6 +91,17 @@ def test_a_preset_is_a_configuration_of_which_flags_change_entries(preset, start
     assert two.env == "toy/Memory"
 
 
+def test_the_learning_rate_of_a_preset_falls_to_the_end_of_a_run_of_any_length(started):
+    flags = ["", "--steps 64000", "--steps 64000 --replay.train-ratio 32 --replay.batch-size 8"]
+    flags += ["--steps 64 --agent.optim.warmup-steps 50"]
+    flags += ["--steps 64000 --agent.optim.anneal_steps 8000"]
+    for words in flags:
+        assert cli.main(["train", "dreamer_v3", "--preset", "cartpole", *words.split()]) == 0
+    # 16,000 steps * 64 / (4 * 32) are 8,000 updates; a run that is over sooner ends in the warmup.
+    falls = [config.agent.optim.anneal_steps for config, _, _ in started]
+    assert falls == [8_000, 32_000, 8_000, 51, 8_000]
+
+
 def test_the_command_in_the_summary_makes_the_same_run(tiny, started):
     codec = dataclasses.replace(tiny.agent.model.codec, mults=(1, 2))
     model = dataclasses.replace(tiny.agent.model, codec=codec)

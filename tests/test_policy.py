@@ -6,6 +6,9 @@ import pytest
 
 import jaxwm
 from jaxwm import policy as policies
+from jaxwm import train
+from jaxwm.agent import make_agent
+from jaxwm.recipes import dreamer_v3
 from jaxwm.types import Box, Discrete, JaxwmError
 
 
@@ -46,6 +49,17 @@ def test_the_seed_decides(finished, policy):
     same, other = jaxwm.load(finished), jaxwm.load(finished, seed=1)
     np.testing.assert_array_equal(policy.act(cue)[0], same.act(cue)[0])
     assert (policy.act(cue)[0] != other.act(cue)[0]).any()
+
+
+def test_boxes_are_clipped_and_remembered_as_they_were_drawn():
+    config = dreamer_v3.config("toy/Reach", "debug", None, None)
+    env = train.make_env(config)
+    agent = make_agent(config.agent, env.obs_space, env.action_space)
+    params = jax.jit(agent.init)(jax.random.key(0)).params
+    obs = {name: np.zeros((64, *x.shape), x.dtype) for name, x in env.obs_space.items()}
+    action, state = policies.Policy(agent, params, env).act(obs)
+    assert np.abs(state.action).max() > 1
+    np.testing.assert_array_equal(action, np.clip(state.action, -1, 1))
 
 
 @pytest.mark.parametrize(

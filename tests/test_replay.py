@@ -1,6 +1,7 @@
 """The replay against a list of all rows ever added."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -259,3 +260,7 @@ def test_updates_per_iteration_are_an_exact_fraction():
     config = ReplayConfig(train_ratio=0.3)
     assert config.updates_per_iteration(16).as_integer_ratio() == (3, 640)
     assert ReplayConfig(train_ratio=1024.0).updates_per_iteration(1) == 1
+    assert ReplayConfig(train_ratio=0).updates_per_iteration(1) == 0
+    for ratio in (4e-4, -1.0, 2e6, math.nan):
+        with pytest.raises(JaxwmError, match=r"train_ratio is .* from 0\.001 to 1e6, or 0 to"):
+            ReplayConfig(train_ratio=ratio)

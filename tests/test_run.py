@@ -20,6 +20,7 @@ from jaxwm.log import read_metrics
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.report import command
 from jaxwm.run import (
+    _pardoned,
     _tell_stopped,
     default_folder,
     evaluate,
@@ -198,6 +199,18 @@ def test_a_diverged_training_is_told(tiny, capsys):
         _tell_stopped(sick(9, 7, 4), metrics, stopped, three, console)
     skip = dataclasses.replace(three, on_divergence="skip")
     assert not _tell_stopped(sick(9, 7, 4), metrics, none, skip, console).any()
+
+
+@pytest.mark.parametrize("policy", ["abort", "skip", "rollback"])
+def test_what_was_refused_while_a_run_skipped_ends_it_no_more_once_it_does_not(tiny, policy):
+    config = dataclasses.replace(tiny, on_divergence=policy)
+    for bad in ((7,), (0, 7)):
+        state = sick(*bad)
+        state = state._replace(health=jax.tree.map(jnp.asarray, state.health))
+        refused = _pardoned(state, config).health.refused.tolist()
+        # A part of the members may have diverged by themselves.
+        keeps = policy == "skip" or (policy == "abort" and len(bad) == 2)
+        assert refused == ([int(x > 0) for x in bad] if keeps else [0] * len(bad))
 
 
 def plain(folder) -> list[dict]:

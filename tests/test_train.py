@@ -1,6 +1,7 @@
 """One compiled program: seeds, traces, memory, transfers, the train ratio and the statistics."""
 
 import dataclasses
+import math
 
 import chex
 import jax
@@ -14,7 +15,7 @@ from jaxwm.agent import Agent, AgentState
 from jaxwm.envs import wrappers
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay import ReplayConfig
-from jaxwm.types import Latent
+from jaxwm.types import Box, Env, Latent, first, transition
 
 # 200 000 rows of 83 bytes: far more than all else in the program together.
 BIG = ReplayConfig(capacity=200_000, batch_size=2, batch_length=6, train_ratio=3.0)
@@ -80,10 +81,23 @@ def test_how_a_run_is_cut_into_chunks_changes_nothing(single):
     program, chunk = single
     state, metrics = run(chunk, program.init(), 4)
     other = program.init()
-    for count, fresh in [(5, True), (2, False), (7, True), (1, True), (6, False), (7, True)]:
-        other, told = chunk(other, count, fresh)
+    for count, ends in [(5, False), (2, True), (7, True), (1, False), (6, True), (7, True)]:
+        other, told = chunk(other, count, ends)
     chex.assert_trees_all_equal(*map(plain, (state, other)))
     chex.assert_trees_all_equal(metrics, told)
+
+
+def test_lines_of_other_lengths_count_no_episode_twice(single):
+    """As when a run goes on with another `log_every`."""
+    program, chunk = single
+    counts = []
+    for lines in ([7, 7, 7, 7], [7, 3, 14, 4]):
+        state, total = program.init(), 0.0
+        for count in lines:
+            state, metrics = chunk(state, count)
+            total += float(metrics["episode/count"])
+        counts.append(total)
+    assert counts[0] == counts[1] > 0
 
 
 def plain(state):
@@ -254,6 +268,29 @@ def test_an_environment_by_another_name_is_told():
     with pytest.raises(ValueError, match="Did you mean Memory"):
         train.make_env(RunConfig(env="toy/Memori"))
     assert train.make_env(RunConfig(env="toy/Memory")).name == envs.make("toy/Memory").name
+
+
+def test_boxes_of_any_bounds_are_taken_in_minus_one_to_one(monkeypatch):
+    def make(low, high):
+        space = Box((2,), low=low, high=high)
+        env = Env(
+            "test/Echo",
+            {"seen": Box((2,))},
+            space,
+            lambda key: ((), first(space, {"seen": jnp.zeros(2)})),
+            lambda state, action, key: ((), transition(action, {"seen": action}, 0.0, False)),
+        )
+        monkeypatch.setattr(envs, "make", lambda name: env)
+        return train.make_env(RunConfig(env=env.name))
+
+    for low, high, seen in [(-10.0, 10.0, (5.0, 10.0)), (-1.0, 1.0, (0.5, 1.0))]:
+        env = make(low, high)
+        assert env.action_space == Box((2,), "float32", -1.0, 1.0)
+        _, row = env.step((), jnp.array([0.5, 1.5]), jax.random.key(0))
+        np.testing.assert_allclose(row.obs["seen"], seen)
+        np.testing.assert_array_equal(row.action, [0.5, 1.5])
+    # Without bounds the environment sees what was drawn.
+    assert make(-math.inf, math.inf).action_space == Box((2,))
 
 
 @pytest.mark.parametrize(

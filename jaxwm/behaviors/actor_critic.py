@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxwm import dists, nets, threefry
-from jaxwm.config import at_least, positive, share
+from jaxwm.config import at_least, positive, require, share
 from jaxwm.numerics import (
     Percentiles,
     percentiles_init,
@@ -30,6 +30,7 @@ from jaxwm.products import halved
 from jaxwm.returns import lambda_return, replay_lambda_return
 from jaxwm.types import (
     Action,
+    ActionSpace,
     Array,
     Behavior,
     Box,
@@ -39,7 +40,6 @@ from jaxwm.types import (
     Latent,
     Metrics,
     Params,
-    Space,
     Step,
     WorldModel,
     as_dict,
@@ -138,7 +138,7 @@ def dream_targets(
 
 def actor_critic(
     config: ActorCriticConfig,
-    action_space: Mapping[str, Space],
+    action_space: ActionSpace,
     model: WorldModel,
     feature_size: int,
     dtype: str = "float32",
@@ -151,26 +151,34 @@ def actor_critic(
 
     Args:
       config: numbers.
-      action_space: space of each action key.
+      action_space: one space, or a space per key.
       model: the world model to dream in.
       feature_size: length of the model's features.
       dtype: compute type.
       every: see `dream_targets`.
 
     Raises:
-      JaxwmError: if an action space is neither discrete nor a box of numbers.
+      JaxwmError: if an action space is neither discrete nor a box of numbers, or two outputs of the
+        policy's network would have one name.
     """
-    sizes: dict[str, int] = {}
-    for name, space in action_space.items():
+    spaces, sizes = as_dict(action_space), {}
+    for name, space in spaces.items():
         if isinstance(space, Discrete):
-            sizes[name] = math.prod(space.shape) * space.width
+            outputs = {name: math.prod(space.shape) * space.width}
         elif isinstance(space, Box) and space.dtype == "float32" and len(space.shape) > 0:
-            sizes[f"{name}_mean"] = sizes[f"{name}_std"] = math.prod(space.shape)
+            outputs = dict.fromkeys((f"{name}_mean", f"{name}_std"), math.prod(space.shape))
         else:
             raise JaxwmError(
                 f"The action {name!r} has the space {space}, which the actor-critic cannot "
                 "take: use Discrete, or a float32 Box of at least one dimension."
             )
+        taken = outputs.keys() & {*sizes, "mlp"}
+        require(
+            not taken,
+            f"The action {name!r} would be the output {', '.join(taken)} of the policy's network, "
+            "which has one of that name. Rename the action.",
+        )
+        sizes |= outputs
     heads = (feature_size, config.units, config.layers)
     policy_net = nets.Heads(*heads, sizes, 0.01, dtype)
     value_net = nets.Heads(*heads, {"out": config.bins}, 0.0, dtype)
@@ -187,7 +195,7 @@ def actor_critic(
     def plan(out: dict[str, Array]) -> dict[str, Any]:
         """The policy from its network's output."""
         result = {}
-        for name, space in action_space.items():
+        for name, space in spaces.items():
             if isinstance(space, Discrete):
                 logits = out[name].reshape(*out[name].shape[:-1], *space.shape, space.width)
                 rank = len(space.shape)
@@ -201,7 +209,7 @@ def actor_critic(
 
     def draw(plan: dict[str, Any], draws: dict[str, Array]) -> Action:
         chosen = {name: dist.sample_noise(draws[name]) for name, dist in plan.items()}
-        return chosen["action"] if set(chosen) == {"action"} else chosen
+        return chosen if isinstance(action_space, Mapping) else chosen["action"]
 
     def policy(params: Params, feat: Array) -> dict[str, Any]:
         return plan(nets.call(policy_net)(params["policy"], feat))
@@ -211,7 +219,7 @@ def actor_critic(
 
     def noise(key: Key, lead: tuple[int, ...]) -> dict[str, Array]:
         draws = {}
-        for index, (name, space) in enumerate(sorted(action_space.items())):
+        for index, (name, space) in enumerate(sorted(spaces.items())):
             key_name = jax.random.fold_in(key, index)
             if isinstance(space, Discrete):
                 shape = (*lead, *space.shape, space.width)

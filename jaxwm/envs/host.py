@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxwm.envs.worker import Repeated, views
-from jaxwm.types import HostEnv, JaxwmError, Step, as_dict
+from jaxwm.types import Box, HostEnv, JaxwmError, Step, as_dict
 
 LOG = logging.getLogger("jaxwm")
 # What can go wrong with a simulator.
@@ -238,12 +238,15 @@ class Pool:
         """Lets every simulator take its action, without waiting for them.
 
         Args:
-          action: one array (B, ...), or one per name of the action space.
+          action: one array (B, ...), or one per name of the action space. Simulators get boxes
+            clipped to [-1, 1], rows carry them as they are.
         """
         self._fresh = False
+        spaces = as_dict(self.env.action_space)
         self._action = {name: np.asarray(x) for name, x in as_dict(action).items()}
         for name, value in self._action.items():
-            self._views.action[name][:] = value
+            box = isinstance(spaces[name], Box)
+            self._views.action[name][:] = np.clip(value, -1.0, 1.0) if box else value
         for worker in self._workers:
             worker.deadline = time.monotonic() + self.config.timeout
             self._waiting.add(worker)

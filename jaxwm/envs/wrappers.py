@@ -320,8 +320,8 @@ def _map_rows(env: Env, function: Callable[[Step], Step]) -> Env:
 def normalize_action(env: Env) -> Env:
     """Exposes every bounded `Box` action as float32 in [-1, 1].
 
-    The agent's action is clipped to [-1, 1] and mapped linearly to the bounds; rows carry the
-    agent's action as it was given. `Discrete` actions pass unchanged.
+    The agent's action is clipped to [-1, 1] and mapped linearly to the bounds, if they are others;
+    rows carry the agent's action as it was given. `Discrete` actions pass unchanged.
 
     Args:
       env: a single environment.
@@ -342,7 +342,7 @@ def normalize_action(env: Env) -> Env:
                 "or squash the action inside the environment."
             )
 
-    outer = _map_spaces(
+    outer = map_spaces(
         lambda space: Box(space.shape, "float32", -1.0, 1.0) if isinstance(space, Box) else space,
         inner,
     )
@@ -352,6 +352,8 @@ def normalize_action(env: Env) -> Env:
             return value
         low, high = bounds(space)
         value = jnp.clip(value, -1.0, 1.0)
+        if (low == -1.0).all() and (high == 1.0).all():
+            return value.astype(space.dtype)
         return (low + (value + 1.0) / 2.0 * (high - low)).astype(space.dtype)
 
     def reset(key):
@@ -359,7 +361,7 @@ def normalize_action(env: Env) -> Env:
         return state, row._replace(action=zeros(outer))
 
     def step(state, action, key):
-        state, row = env.step(state, _map_spaces(rescale, inner, action), key)
+        state, row = env.step(state, map_spaces(rescale, inner, action), key)
         return state, row._replace(action=action)
 
     return env._replace(action_space=outer, reset=reset, step=step)
@@ -375,7 +377,7 @@ def bounds(space: Box) -> tuple[np.ndarray, np.ndarray]:
     return fill(space.low), fill(space.high)
 
 
-def _map_spaces(function: Any, space: Any, *values: Any) -> Any:
+def map_spaces(function: Any, space: Any, *values: Any) -> Any:
     """`function` of a space and its values, or of each part of a dict of them."""
     if isinstance(space, dict):
         return {name: function(part, *(v[name] for v in values)) for name, part in space.items()}

@@ -7,8 +7,8 @@
     obs, reward, continue ~ heads(h_t, z_t)
 
 Only what depends on the recurrent carry is inside the scans; the encoder, the action's and the
-tokens' projections, the prior, all heads, all random draws (but those of a CPU's dreams) and the
-gradients of the kernels are computed for every step at once.
+tokens' projections, the prior, all heads, all random draws and the gradients of the kernels are
+computed for every step at once.
 
 Source: PlaNet (arXiv:1811.04551) for the model, DreamerV3 (arXiv:2301.04104) for its form.
 """

@@ -110,6 +110,16 @@ class RunConfig:
         return len(sweep.settings(self)) * self.seeds
 
 
+def anneal(config: RunConfig) -> RunConfig:
+    """A run whose learning rate falls to its end."""
+    replay, agent = config.replay, config.agent
+    updates = int(config.steps * replay.train_ratio / (replay.batch_size * replay.batch_length))
+    # A run that ends in its warmup has nothing to fall from.
+    updates = max(updates, agent.optim.warmup_steps + 1)
+    optim = dataclasses.replace(agent.optim, anneal_steps=updates)
+    return dataclasses.replace(config, agent=dataclasses.replace(agent, optim=optim))
+
+
 def recipes() -> dict[str, Callable[..., RunConfig]]:
     """Every recipe by name: functions `(env, size, variant, preset) -> RunConfig`."""
     from jaxwm.recipes import dreamer_v3

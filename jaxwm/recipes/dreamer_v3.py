@@ -26,7 +26,7 @@ from jaxwm.models.gru import BlockGRUConfig
 from jaxwm.models.latents import LatentConfig
 from jaxwm.models.world_model import WorldModelConfig
 from jaxwm.optim import OptimConfig
-from jaxwm.recipes import RunConfig
+from jaxwm.recipes import RunConfig, anneal
 from jaxwm.replay import ReplayConfig
 from jaxwm.types import nearest
 
@@ -190,7 +190,8 @@ def config(
         # Once the pole stands, returns differ by little of their spread: a larger pull towards
         # random actions would let the cart drift away.
         base = _decide(base, 3e-5)
-    return _anneal(_see(base, 10.0))
+    # A long balance needs a policy at rest.
+    return anneal(_see(base, 10.0))
 
 
 def _of_domain(domain: Domain, env: str | None, size: str | None, variant: str) -> RunConfig:
@@ -219,14 +220,6 @@ def _decide(config: RunConfig, entropy: float) -> RunConfig:
     """A run with another weight on the entropy of the policy."""
     behavior = dataclasses.replace(config.agent.behavior, entropy=entropy)
     return dataclasses.replace(config, agent=dataclasses.replace(config.agent, behavior=behavior))
-
-
-def _anneal(config: RunConfig) -> RunConfig:
-    """A run whose learning rate falls to its end: a long balance needs a policy at rest."""
-    replay, agent = config.replay, config.agent
-    updates = int(config.steps * replay.train_ratio / (replay.batch_size * replay.batch_length))
-    optim = dataclasses.replace(agent.optim, anneal_steps=updates)
-    return dataclasses.replace(config, agent=dataclasses.replace(agent, optim=optim))
 
 
 def _short(config: RunConfig, env: str, steps: int, train_ratio: float) -> RunConfig:

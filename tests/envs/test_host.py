@@ -10,7 +10,7 @@ from scripted import CRASH, DTYPE, EXIT, GOOD, HANG, KEYS, LENGTH, NAN, RAISE, R
 
 from jaxwm.envs import host
 from jaxwm.envs.host import HostConfig, Pool, TooManyFaults, limit_and_repeat
-from jaxwm.types import HostEnv, JaxwmError
+from jaxwm.types import Box, HostEnv, JaxwmError
 
 
 def actions(first: int, count: int = 4) -> np.ndarray:
@@ -55,6 +55,26 @@ def test_a_row_shows_the_action_that_led_to_it(pool):
     pool.reset()
     given = np.array([GOOD, GOOD, 0, GOOD], np.int32)
     assert pool.step(given).action.tolist() == given.tolist()
+
+
+def test_simulators_get_boxes_within_their_bounds():
+    class Echo:
+        def reset(self, seed):
+            return {"seen": np.zeros(2, np.float32)}
+
+        def step(self, action):
+            return {"seen": action}, 0.0, False, False
+
+        def close(self):
+            pass
+
+    box = Box((2,), low=-1.0, high=1.0)
+    env = HostEnv("test/Echo", {"seen": Box((2,))}, box, Echo)
+    with Pool(env, 1, HostConfig(workers=1)) as made:
+        made.reset()
+        row = made.step(np.array([[-0.5, 1.5]], np.float32))
+    assert row.obs["seen"].tolist() == [[-0.5, 1.0]]
+    assert row.action.tolist() == [[-0.5, 1.5]]  # what the agent drew
 
 
 @pytest.mark.parametrize(
