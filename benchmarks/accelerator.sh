@@ -17,14 +17,14 @@ SIZES=${SIZES:-size1m size12m size50m size200m}
 LIMIT=${LIMIT:-600}
 
 read -r -a sizes <<<"$SIZES"
-device=$("$PYTHON" -c 'import jax; print(jax.devices()[0].device_kind)' | tr -c 'a-zA-Z0-9\n' -)
+device=$("$PYTHON" -c 'import jax; print(jax.devices()[0].device_kind)' | tr -c 'a-zA-Z0-9\n' -) || exit
 OUT=${OUT:-benchmarks/results/$device-$(date +%F)}
-mkdir -p "$OUT"
+mkdir -p "$OUT" || exit
 SECONDS=0
 cut=0
 
-part() { # SECONDS COMMAND...
-    local share=$1 left=$((LIMIT - SECONDS))
+part() { # SECONDS-OF-600 COMMAND...
+    local share=$(($1 * LIMIT / 600)) left=$((LIMIT - SECONDS))
     shift
     echo "== ${*:2}" >&2
     if ((left < 5)); then
@@ -52,6 +52,7 @@ part 150 "$PYTHON" -m benchmarks.scaling --envs 1 64 1024 8192 --seeds 1 8 32 \
     --out "$OUT/scaling.jsonl"
 part 60 "$PYTHON" -m benchmarks.memory --sizes "${sizes[@]}" --obs vector --dtype "$DTYPE" \
     --out "$OUT/memory.jsonl"
-part 60 "$PYTHON" -m benchmarks.compile_time --sizes "${sizes[0]}" --out "$OUT/compile_time.jsonl"
+part 60 "$PYTHON" -m benchmarks.compile_time --sizes "${sizes[0]}" --dtype "$DTYPE" \
+    --out "$OUT/compile_time.jsonl"
 echo "== $SECONDS seconds; the results are in $OUT" >&2
 exit "$cut"

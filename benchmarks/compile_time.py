@@ -9,18 +9,18 @@ which environments, replay and updates are one program, and runs it up to its fi
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from benchmarks.lines import emit, machine
+from benchmarks.lines import emit, in_words, machine, number, parser_of
 from benchmarks.loop import training
 from benchmarks.roofline import work
 from jaxwm import compiler, train
@@ -41,18 +41,19 @@ def stages(function: Any, *args: Any) -> tuple[Any, dict[str, float]]:
     return compiled, {name: times[i + 1] - times[i] for i, name in enumerate(names)}
 
 
-def first_update(size: str, obs: str, batch: int, length: int) -> dict[str, float]:
+def first_update(size: str, dtype: str, obs: str, batch: int, length: int) -> dict[str, float]:
     """The stages of an update, which is then run."""
-    config = dreamer_v3.agent(size)
+    config = dataclasses.replace(dreamer_v3.agent(size), dtype=dtype)
     agent, *shapes = work(config, obs, batch, length, shapes=True)
     compiled, took = stages(compiler.jit(agent.update, donate_argnums=0), *shapes)
     jax.block_until_ready(compiled(*work(config, obs, batch, length, shapes=False)[1:]))
     return took
 
 
-def first_chunk(size: str, envs: int, batch: int, length: int) -> dict[str, float]:
+def first_chunk(size: str, dtype: str, envs: int, batch: int, length: int) -> dict[str, float]:
     """The stages of a run's chunk, which is then run until it has made an update."""
-    program = train.build(training(size, envs, batch * length / envs, batch, length), 8)
+    config = training(size, envs, batch * length / envs, batch, length, dtype)
+    program = train.build(config, 8)
     function = program.chunk.function
     compiled, took = stages(function, program.shapes(), train.NUMBER, train.TRUTH)
     chunk, state = train.Chunk(compiled, program.iterations), program.init()
@@ -64,7 +65,7 @@ def first_chunk(size: str, envs: int, batch: int, length: int) -> dict[str, floa
 def process(args: argparse.Namespace, what: str, size: str, cache: str) -> dict[str, float]:
     """What a fresh process finds out, with a compilation cache in the folder `cache`."""
     own = ["--inside", what, "--sizes", size, "--obs", args.obs, "--envs", str(args.envs)]
-    own += ["--batch", str(args.batch), "--length", str(args.length)]
+    own += ["--batch", str(args.batch), "--length", str(args.length), "--dtype", args.dtype]
     keep_all = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     start = time.perf_counter()
     done = subprocess.run(
@@ -79,31 +80,37 @@ def process(args: argparse.Namespace, what: str, size: str, cache: str) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["nano", "size1m"])
     parser.add_argument(
         "--obs", default="vector", choices=("vector", "image"), help="of the update"
     )
-    parser.add_argument("--envs", type=int, default=16, help="CartPoles of the chunk")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--out", type=Path, help="append the lines to this file too")
+    parser.add_argument("--envs", type=number, default=16, help="CartPoles of the chunk")
+    parser.add_argument("--batch", type=number, default=16)
+    parser.add_argument("--length", type=number, default=64)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--inside", choices=("update", "chunk"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:
         own = first_chunk if args.inside == "chunk" else first_update
         second = args.envs if args.inside == "chunk" else args.obs
-        print(json.dumps(own(args.sizes[0], second, args.batch, args.length)))
+        print(json.dumps(own(args.sizes[0], args.dtype, second, args.batch, args.length)))
         return
     for size in args.sizes:
+        dreamer_v3.agent(size)  # in words, if there is none
         found = {}
         for what in ("update", "chunk"):
             with tempfile.TemporaryDirectory() as cache:
                 found[what] = {x: process(args, what, size, cache) for x in ("cold", "warm")}
         # Only now: a process that knows the device may hold it, or its memory, for itself.
-        line = {"size": size, "obs": args.obs, "envs": args.envs, "dtype": compute_dtype("auto")}
+        line = {
+            "size": size,
+            "obs": args.obs,
+            "envs": args.envs,
+            "dtype": compute_dtype(args.dtype),
+        }
         emit(line | {"batch": [args.batch, args.length]} | found | machine(), args.out)
 
 
 if __name__ == "__main__":
-    main()
+    in_words(main)

@@ -8,16 +8,14 @@ one compiled program; on the host, the copies step in worker processes between c
 Nothing learns.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from benchmarks.lines import emit, machine
+from benchmarks.lines import emit, in_words, machine, number, parser_of
 from jaxwm import envs
 from jaxwm.agent import Agent, make_agent
 from jaxwm.envs import wrappers
@@ -110,12 +108,11 @@ def on_host(env: HostEnv, agent: Agent, params: Any, count: int, seconds: float)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--envs", nargs="+", default=FAMILIES)
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 16, 256])
+    parser.add_argument("--counts", type=number, nargs="+", default=[1, 16, 256])
     parser.add_argument("--size", default="size1m", help="a size of dreamer_v3")
     parser.add_argument("--seconds", type=float, default=3.0, help="that a speed is measured for")
-    parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
     for name in args.envs:
         try:
@@ -142,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_words(main)

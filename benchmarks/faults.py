@@ -8,17 +8,15 @@ read: within an episode its rows must follow each other without a gap, whatever 
 episodes.
 """
 
-import argparse
 import functools
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.lines import emit
+from benchmarks.lines import emit, in_words, machine, number, parser_of
 from jaxwm import train
 from jaxwm.envs.host import HostConfig
 from jaxwm.recipes import RunConfig, dreamer_v3
@@ -106,15 +104,14 @@ def measure(fault: str, count: int, timeout: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=100)
+    parser = parser_of(__doc__)
+    parser.add_argument("--count", type=number, default=100)
     parser.add_argument("--timeout", type=float, default=1.0, help="seconds until a hang is one")
     parser.add_argument("--faults", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
     for fault in args.faults:
-        emit(measure(fault, args.count, args.timeout), args.out)
+        emit(measure(fault, args.count, args.timeout) | machine(), args.out)
 
 
 if __name__ == "__main__":
-    main()
+    in_words(main)

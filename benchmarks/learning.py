@@ -8,14 +8,13 @@ are averaged; of a group, the mean over seeds and its bootstrap interval are giv
 intervals of all groups overlap.
 """
 
-import argparse
 import collections
 import json
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.lines import emit
+from benchmarks.lines import emit, in_words, parser_of
 from jaxwm.evaluate.stats import bootstrap
 
 FOLDER = Path(__file__).parent / "results" / "learning"
@@ -34,19 +33,22 @@ def returns(file: Path, after: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("groups", nargs="+", metavar="NAME=PREFIX")
     parser.add_argument("--after", type=int, default=0, help="count episodes from this step on")
-    parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
     lines, intervals = [], []
     for group in args.groups:
-        name, _, prefix = group.partition("=")
+        name, equals, prefix = group.partition("=")
+        if not equals:
+            parser.error(f"{group} is no NAME=PREFIX")
         files = sorted(FOLDER.glob(f"{prefix}*.jsonl"))
         if not files:
             parser.error(f"there is no file {FOLDER}/{prefix}*.jsonl")
         seeds = {file.stem: returns(file, args.after) for file in files}
         values = np.array([value for row in seeds.values() for value in row])
+        if not values.size:
+            parser.error(f"no episode of {prefix} ended after step {args.after:,}")
         interval = bootstrap(values) if len(values) > 1 else (values[0], values[0])
         intervals.append(interval)
         lines.append(
@@ -65,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_words(main)

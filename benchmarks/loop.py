@@ -9,16 +9,14 @@ One line of JSON each for
   numbers of environments.
 """
 
-import argparse
 import dataclasses
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from benchmarks.lines import emit, machine
+from benchmarks.lines import emit, in_words, machine, number, parser_of
 from jaxwm import heap, memory, mesh, train
 from jaxwm.agent import compute_dtype
 from jaxwm.recipes import RunConfig, dreamer_v3
@@ -110,20 +108,19 @@ def measure(run: Run, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--work", nargs="+", default=WORK, choices=WORK)
     parser.add_argument("--size", default="size1m", help="a size of dreamer_v3, to train")
-    parser.add_argument("--envs", type=int, default=16, help="environments of the training")
+    parser.add_argument("--envs", type=number, default=16, help="environments of the training")
     parser.add_argument("--ratio", type=float, default=32, help="rows trained on per step")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--shards", type=int, default=1, help="shards of the training")
-    parser.add_argument("--iterations", type=int, default=8, help="in a chunk of the training")
+    parser.add_argument("--batch", type=number, default=16)
+    parser.add_argument("--length", type=number, default=64)
+    parser.add_argument("--shards", type=number, default=1, help="shards of the training")
+    parser.add_argument("--iterations", type=number, default=8, help="in a chunk of the training")
     parser.add_argument("--collect-size", default="nano", help="a size of dreamer_v3, to collect")
-    parser.add_argument("--collect-envs", type=int, nargs="+", default=[16, 64, 256, 1024])
+    parser.add_argument("--collect-envs", type=number, nargs="+", default=[16, 64, 256, 1024])
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=10, help="chunks that count")
-    parser.add_argument("--out", type=Path, help="append the lines to this file too")
+    parser.add_argument("--repeats", type=number, default=10, help="chunks that count")
     args = parser.parse_args()
     learns = (args.size, args.envs, args.ratio, args.batch, args.length, args.dtype)
     learning = dataclasses.replace(training(*learns), shards=args.shards)
@@ -155,4 +152,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     heap.ask_for_large_pages()  # as `jaxwm train` does
-    main()
+    in_words(main)

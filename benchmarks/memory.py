@@ -6,20 +6,18 @@ All of it is known before anything runs: shapes say what is stored, and the comp
 update needs beside it. Nothing is allocated, so sizes larger than the machine can be looked at.
 """
 
-import argparse
 import dataclasses
 import itertools
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.lines import emit, machine
+from benchmarks.lines import emit, in_words, machine, number, parser_of
 from benchmarks.roofline import work
-from benchmarks.throughput import spaces
+from benchmarks.throughput import OBS, spaces
 from jaxwm import compiler
 from jaxwm.agent import AgentConfig, compute_dtype
 from jaxwm.recipes import dreamer_v3
@@ -71,13 +69,12 @@ def update_bytes(config: AgentConfig, obs: str, batch: int, length: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["nano", *dreamer_v3.DETER])
-    parser.add_argument("--obs", nargs="+", default=["vector", "image"])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--obs", nargs="+", default=OBS, choices=OBS)
+    parser.add_argument("--batch", type=number, default=16)
+    parser.add_argument("--length", type=number, default=64)
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="of the update")
-    parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
     for size, obs in itertools.product(args.sizes, args.obs):
         config = dataclasses.replace(dreamer_v3.agent(size), dtype=args.dtype)
@@ -95,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_words(main)

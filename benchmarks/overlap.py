@@ -8,16 +8,14 @@ both together as `jaxwm train` does them. Perfect overlap takes the larger of th
 simulators sleep, so that they need no core: what is measured is waiting, not sharing.
 """
 
-import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.lines import emit, machine
+from benchmarks.lines import emit, in_words, machine, number, parser_of
 from benchmarks.throughput import spaces, synthetic
 from jaxwm import train
 from jaxwm.envs.host import HostConfig, Pool, cores
@@ -91,15 +89,14 @@ def measure(config: RunConfig, seconds: float, iterations: int, repeats: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--milliseconds", type=float, default=5.0, help="that a step takes")
     parser.add_argument("--size", default="nano", help="a size of dreamer_v3")
-    parser.add_argument("--envs", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=cores(), help="by default as in a run")
+    parser.add_argument("--envs", type=number, default=8)
+    parser.add_argument("--workers", type=number, default=cores(), help="by default as in a run")
     parser.add_argument("--ratios", type=float, nargs="+", default=[2, 4, 8, 16, 32])
-    parser.add_argument("--iterations", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="append the lines to this file too")
+    parser.add_argument("--iterations", type=number, default=256)
+    parser.add_argument("--repeats", type=number, default=5)
     args = parser.parse_args()
     for ratio in args.ratios:
         config = RunConfig(
@@ -123,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_words(main)

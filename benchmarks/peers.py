@@ -15,7 +15,6 @@ this package takes part a second time, as `jaxwm_bfloat16`, with products whose 
 (`jaxwm.compiler`).
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -28,7 +27,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lines import emit, machine
+from benchmarks.lines import emit, in_words, machine, number, parser_of
 from jaxwm import compiler, heap
 from jaxwm.envs.host import cores
 
@@ -192,25 +191,25 @@ def _last(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", nargs="*", default=["dreamerv3", "sheeprl"])
+    parser = parser_of(__doc__)
+    peers = ("dreamerv3", "sheeprl")
+    parser.add_argument("--peers", nargs="*", default=peers, choices=peers)
     parser.add_argument("--reference", type=Path, help="a checkout of the authors' present code")
     parser.add_argument("--work", nargs="+", default=["update"], choices=("update", "loop"))
     parser.add_argument("--size", nargs="+", default=["size1m"], help="size1m or size12m")
     parser.add_argument("--obs", nargs="+", default=["vector"], choices=("vector", "image"))
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--envs", type=int, default=16, help="environments of the loop")
+    parser.add_argument("--batch", type=number, default=16)
+    parser.add_argument("--length", type=number, default=64)
+    parser.add_argument("--envs", type=number, default=16, help="environments of the loop")
     parser.add_argument("--ratio", type=float, default=32, help="train ratio of the loop")
-    parser.add_argument("--shards", type=int, help="of this package; by default one for each core")
-    parser.add_argument("--steps", type=int, default=128, help="environment steps of a turn")
-    parser.add_argument("--repeats", type=int, default=10, help="turns of each")
-    parser.add_argument("--warmup", type=int, default=2, help="turns before, not counted")
+    parser.add_argument("--shards", type=number, help="of this package; one a core by default")
+    parser.add_argument("--steps", type=number, default=128, help="environment steps of a turn")
+    parser.add_argument("--repeats", type=number, default=10, help="turns of each")
+    parser.add_argument("--warmup", type=number, default=2, help="turns before, not counted")
     parser.add_argument("--compile", action="store_true", help="let sheeprl use torch.compile")
     dtypes = ("float32", "bfloat16")
     parser.add_argument("--dtype", default="float32", choices=dtypes, help="of the others")
     parser.add_argument("--venvs", type=Path, default=ROOT / ".cache" / "peers")
-    parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
     shards = range(1, cores() + 1)
     divide = [x for x in shards if args.batch % x == 0 and args.envs % x == 0]
@@ -259,4 +258,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_words(main)

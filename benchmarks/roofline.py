@@ -11,7 +11,6 @@ copies, the time of a step of a loop that does next to nothing. Together they gi
 for every size, without running it. `--measure` names the sizes that are run as well, in parts.
 """
 
-import argparse
 import dataclasses
 import math
 import statistics
@@ -23,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from benchmarks.lines import emit, machine, seconds
+from benchmarks.lines import emit, in_words, machine, number, parser_of, seconds
 from benchmarks.loop import training
-from benchmarks.throughput import spaces, synthetic
+from benchmarks.throughput import OBS, spaces, synthetic
 from jaxwm import compiler, heap, mesh
 from jaxwm.agent import AgentConfig, compute_dtype, make_agent
 from jaxwm.envs import wrappers
@@ -369,23 +368,23 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
             bottom += share
     right.set(ylabel="share of the time of the parts", ylim=(0, 1))
     right.tick_params(axis="x", labelsize=8)
-    right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    if run:
+        right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="*", default=SIZES, help="sizes to count")
-    parser.add_argument("--obs", nargs="*", default=("vector", "image"))
+    parser = parser_of(__doc__)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="sizes to count")
+    parser.add_argument("--obs", nargs="+", default=OBS, choices=OBS)
     parser.add_argument("--measure", nargs="*", default=(), help="sizes to run as well")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=number, default=16)
+    parser.add_argument("--length", type=number, default=64)
+    parser.add_argument("--repeats", type=number, default=5)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--out", type=Path, help="append the lines to this file")
     parser.add_argument("--picture", type=Path, help="default: beside --out, as .png")
-    parser.add_argument("--shards", type=int, default=1, help="shards of an update as a whole")
+    parser.add_argument("--shards", type=number, default=1, help="shards of an update as a whole")
     args = parser.parse_args()
     shape = (args.batch, args.length)
 
@@ -397,7 +396,7 @@ def main() -> None:
     limits = limits_of(compute_dtype(args.dtype))
     about = {"dtype": compute_dtype(args.dtype)} | machine()
     lines = []
-    for size in args.sizes:
+    for size in dict.fromkeys([*args.sizes, *args.measure]):
         run = run_of(size)
         for obs in args.obs:
             demand = demands(run.agent, obs, *shape)
@@ -416,4 +415,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     heap.ask_for_large_pages()  # as `jaxwm train` does
-    main()
+    in_words(main)

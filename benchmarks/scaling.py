@@ -12,14 +12,13 @@ point as there are environments or seeds, of the same operations per second for 
 takes more memory than there is, or more time than `--budget`, is left out with a word.
 """
 
-import argparse
 import dataclasses
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lines import emit, machine, seconds
+from benchmarks.lines import emit, in_words, machine, number, parser_of, seconds
 from benchmarks.loop import Run, collecting, training
 from benchmarks.roofline import demands, work
 from benchmarks.throughput import synthetic
@@ -186,19 +185,21 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+AXES = ("envs", "seeds", "sizes")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--axes", nargs="+", default=["envs", "seeds", "sizes"])
-    parser.add_argument("--envs", type=int, nargs="+", default=[2**i for i in range(14)])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser = parser_of(__doc__)
+    parser.add_argument("--axes", nargs="+", default=AXES, choices=AXES)
+    parser.add_argument("--envs", type=number, nargs="+", default=[2**i for i in range(14)])
+    parser.add_argument("--seeds", type=number, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--sizes", nargs="+", default=["nano", *dreamer_v3.DETER])
     parser.add_argument("--size", default="nano", help="a size, for environments and seeds")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--batch", type=number, default=16)
+    parser.add_argument("--length", type=number, default=64)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=number, default=10)
     parser.add_argument("--budget", type=float, default=120, help="seconds that a point may take")
-    parser.add_argument("--out", type=Path, help="append the lines to this file too")
     parser.add_argument("--picture", type=Path, help="draw the curves into this PNG")
     args = parser.parse_args()
     if "seeds" in args.axes:
@@ -219,4 +220,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     heap.ask_for_large_pages()  # as `jaxwm train` does
-    main()
+    in_words(main)

@@ -9,18 +9,16 @@ The work is the reference's: 16 windows of 64 rows, dreams of 15 steps from all 
 data are synthetic: the cost does not depend on them.
 """
 
-import argparse
 import dataclasses
 import itertools
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.lines import emit, machine, seconds
+from benchmarks.lines import emit, in_words, machine, number, parser_of, seconds
 from benchmarks.loop import Run, measure
 from jaxwm import compiler, heap
 from jaxwm.agent import AgentConfig, compute_dtype, make_agent
@@ -28,6 +26,8 @@ from jaxwm.envs import wrappers
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay import ReplayConfig
 from jaxwm.types import ActionSpace, Box, Discrete, Env, ObsSpace, Step, first, transition
+
+OBS = ("vector", "image")
 
 
 def spaces(obs: str) -> tuple[ObsSpace, ActionSpace]:
@@ -90,7 +90,7 @@ def measure_update(config: AgentConfig, obs: str, batch: int, length: int, repea
 def measure_loop(config: RunConfig, obs: str, updates: int, repeats: int) -> dict:
     """The compiled loop of environment, replay and updates, with `updates` per chunk."""
     per_update = config.replay.batch_size * config.replay.batch_length
-    iterations = int(updates * per_update / (config.replay.train_ratio * config.envs))
+    iterations = -(-updates * per_update // int(config.replay.train_ratio * config.envs))
     run = Run(config, iterations, synthetic(obs))
     while run.updates == 0:  # fill the replay
         run()
@@ -99,15 +99,14 @@ def measure_loop(config: RunConfig, obs: str, updates: int, repeats: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--size", nargs="+", default=["size1m"], help="sizes of dreamer_v3")
-    parser.add_argument("--obs", nargs="+", default=["vector"], choices=("vector", "image"))
-    parser.add_argument("--batch", type=int, nargs="+", default=[16])
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--obs", nargs="+", default=["vector"], choices=OBS)
+    parser.add_argument("--batch", type=number, nargs="+", default=[16])
+    parser.add_argument("--length", type=number, default=64)
+    parser.add_argument("--repeats", type=number, default=10)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--no-loop", action="store_true", help="the update alone")
-    parser.add_argument("--out", type=Path, help="append the lines to this file too")
     args = parser.parse_args()
     for size, obs, batch in itertools.product(args.size, args.obs, args.batch):
         agent = dataclasses.replace(dreamer_v3.agent(size), dtype=args.dtype)
@@ -131,4 +130,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     heap.ask_for_large_pages()  # as `jaxwm train` does
-    main()
+    in_words(main)

@@ -8,20 +8,19 @@ save the pipes and the copies, but simulators in Python share one interpreter lo
 hang nor a crash of one can be survived.
 """
 
-import argparse
 import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from benchmarks.lines import emit, machine
+from benchmarks.lines import emit, in_words, machine, number, parser_of
 from jaxwm import envs
+from jaxwm.config import require
 from jaxwm.envs.examine import random_actions
 from jaxwm.envs.host import HostConfig, Pool
 from jaxwm.envs.worker import Loop, views
@@ -71,12 +70,11 @@ def measure(env: HostEnv, count: int, steps: int, rounds: int) -> dict[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--envs", nargs="+", default=FAMILIES)
-    parser.add_argument("--count", type=int, default=16, help="simulators")
-    parser.add_argument("--steps", type=int, default=64, help="of each, between two clock readings")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="append the lines to this file too")
+    parser.add_argument("--count", type=number, default=16, help="simulators")
+    parser.add_argument("--steps", type=number, default=64, help="of each, between clock readings")
+    parser.add_argument("--rounds", type=number, default=5)
     args = parser.parse_args()
     for name in args.envs:
         try:
@@ -84,7 +82,7 @@ def main() -> None:
         except JaxwmError as error:
             print(json.dumps({"env": name, "error": str(error)}))
             continue
-        assert isinstance(env, HostEnv), f"{name} does not step on the host"
+        require(isinstance(env, HostEnv), f"{name} steps on the device, not in workers.")
         rates = measure(env, args.count, args.steps, args.rounds)
         result = {
             "env": name,
@@ -98,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_words(main)

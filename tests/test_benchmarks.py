@@ -174,7 +174,7 @@ def test_stages_of_compiling(reusing):
     assert compiled(jnp.zeros(3)).tolist() == [1, 1, 1]
     assert took.keys() == {"trace_seconds", "lower_seconds", "compile_seconds"}
     assert min(took.values()) > 0
-    assert compile_time.first_update("debug", "vector", 2, 6)["compile_seconds"] > 0
+    assert compile_time.first_update("debug", "auto", "vector", 2, 6)["compile_seconds"] > 0
 
 
 def test_a_line_names_machine_date_and_versions(tmp_path, monkeypatch, reusing):
