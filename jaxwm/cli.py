@@ -1,7 +1,8 @@
 """The command line: `jaxwm train`, `resume`, `eval`, `checkpoints`, `plot`, `compare` and `envs`.
 
-Bad input is told in one paragraph, with exit code 2. jax is imported only once a command needs
-it, so that help and typing errors do not wait for it.
+Bad input is told in one paragraph, with exit code 2. jax is imported only once a command needs it,
+so that the help of commands, their names and their own flags do not wait for it; the entries of a
+configuration do.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,12 +80,32 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except (UsageError, JaxwmError) as error:
         message = str(error)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if not _is_about_devices(error):
+            raise
+        names = {x for x in os.environ if x.startswith("JAX_")} - {"JAX_COMPILATION_CACHE_DIR"}
+        told = [f"{x}={os.environ[x]}" for x in sorted(names)]
+        message = (
+            f"jax cannot begin ({_first_line(error)}). The environment's variables tell it "
+            f"{', '.join(told) or 'nothing'}: change them, or install jax for the device you mean."
+        )
     width = min(shutil.get_terminal_size().columns, 100)
     paragraph = textwrap.fill(
         f"jaxwm: {message}", width, break_long_words=False, break_on_hyphens=False
     )
     print(paragraph, file=sys.stderr)
     return 2
+
+
+def _is_about_devices(error: BaseException) -> bool:
+    """Whether jax raised an error as it looked for devices or read its options."""
+    frames = traceback.extract_tb(error.__traceback__)
+    homes = (Path("jax/_src/xla_bridge.py").parts, Path("jax/_src/config.py").parts)
+    return any(Path(frame.filename).parts[-3:] in homes for frame in frames)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def _dispatch(argv: list[str], whole: bool) -> int:
@@ -199,12 +221,15 @@ def _eval(words: list[str]) -> None:
     parser.add_argument("--seed", type=int, help="other numbers play other episodes")
     parser.add_argument("--env", help=_OWN_HELP)
     known = parser.parse_all(words)
+    _check_range("--episodes", known.episodes, 2**31 - 1)
+    _check_range("--seed", known.seed or 0, 2**32 - 1, least=0)
     _load_own(known.env)
     from jaxwm.checkpoint import read_config
-    from jaxwm.run import evaluate_run, evaluation_lines
+    from jaxwm.run import diverged, evaluate_run, evaluation_lines
 
     returns = evaluate_run(known.run, known.episodes, known.seed)
-    print("\n".join(evaluation_lines(returns, read_config(known.run))))
+    config = read_config(known.run)
+    print("\n".join(evaluation_lines(returns, config, diverged(known.run, config))))
 
 
 def _checkpoints(words: list[str]) -> None:
@@ -335,8 +360,8 @@ def _check(words: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="other numbers play other actions")
     known = parser.parse_all(words)
     for flag, value in (("--envs", known.envs), ("--steps", known.steps)):
-        if value < 1:
-            raise UsageError(f"{flag} should be at least 1, not {value}.")
+        _check_range(flag, value, 2**31 - 1, least=1)
+    _check_range("--seed", known.seed, 2**32 - 1, least=0)
     _load_own(known.name)
     from jaxwm.envs import make
     from jaxwm.envs.examine import examine, report
@@ -346,6 +371,13 @@ def _check(words: list[str]) -> None:
     print(report(env, result))
     if result.faults:
         raise SystemExit(1)
+
+
+def _check_range(flag: str, value: int, most: int, least: int | None = None) -> None:
+    if least is not None and value < least:
+        raise UsageError(f"{flag} should be at least {least}, not {value}.")
+    if value > most:
+        raise UsageError(f"{flag} should be at most {most:,}, not {value:,}.")
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {

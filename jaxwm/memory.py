@@ -73,11 +73,12 @@ def check(used: Use) -> None:
 
 
 @contextlib.contextmanager
-def in_words(used: Use | None = None) -> Iterator[None]:
+def in_words(used: Use | None = None, lower: str | None = None) -> Iterator[None]:
     """Says what to do when the device runs out of memory while the body runs.
 
     Args:
       used: what the run takes, once it is known.
+      lower: the flags to lower, if they are others than those of a training.
 
     Raises:
       JaxwmError: with the largest parts, and the flags that would change them.
@@ -87,7 +88,9 @@ def in_words(used: Use | None = None) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        lower = flags(used) if used else "--replay.capacity, --replay.batch-size or --size"
+        lower = lower or (
+            flags(used) if used else "--replay.capacity, --replay.batch-size or --size"
+        )
         parts = f" The run takes {_parts(used)}." if used else ""
         raise JaxwmError(
             f"{jax.devices()[0].device_kind} ran out of memory: {str(error).splitlines()[0]}"

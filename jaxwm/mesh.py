@@ -366,6 +366,8 @@ def join(
     Raises:
       JaxwmError: if nothing says who takes part, or the others cannot be reached.
     """
+    address = coordinator is None or re.fullmatch(r".+:\d+", coordinator)
+    require(bool(address), f"The coordinator is {coordinator!r}; it should be HOST:PORT.")
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (ValueError, RuntimeError) as error:

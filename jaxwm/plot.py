@@ -18,6 +18,8 @@ from jaxwm.types import Array, JaxwmError, nearest
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+_STYLES = ("-", "--", ":", "-.")
+_MOST_WITHIN = 6  # names in a picture; more stand beside it
 _CONTEXT, _DREAM = "#7F7F7F", "#D55E00"
 _INK, _PALE = "#222222", "#E3E3E3"
 _DPI = 100
@@ -54,10 +56,12 @@ def learning_curve(runs: Sequence[Path], path: Path, metric: str = "episode/retu
     axes = figure.subplots()
     for i, (name, steps, values) in enumerate(curves):
         color, seeds = _COLORS[i % len(_COLORS)], len(values)
+        style = _STYLES[i // len(_COLORS) % len(_STYLES)]
         mean = np.nanmean(values, 0)
         label = f"{name} (mean of {seeds} seeds)" if seeds > 1 else name
         marker = "o" if len(steps) == 1 else None
-        axes.plot(steps, mean, color=color, linewidth=2.2, label=label, marker=marker, zorder=3)
+        look: dict[str, Any] = {"color": color, "linestyle": style, "marker": marker}
+        axes.plot(steps, mean, **look, linewidth=2.2, label=label, zorder=3)
         if seeds > 1:
             low, high = np.nanmin(values, 0), np.nanmax(values, 0)
             axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
@@ -68,7 +72,10 @@ def learning_curve(runs: Sequence[Path], path: Path, metric: str = "episode/retu
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
     axes.set_xlim(left=0)
     _clean(axes)
-    axes.legend(frameon=False, fontsize=10)
+    if len(curves) > _MOST_WITHIN:
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    else:
+        axes.legend(frameon=False, fontsize=10)
     return _save(figure, path)
 
 

@@ -62,10 +62,19 @@ class ReplayConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise JaxwmError(f"The replay's {name} is {value}; it must be positive.")
-        if not (self.train_ratio == 0 or 1e-3 <= self.train_ratio <= 1e6):
+        if not self.train_ratio <= 1e6:
             raise JaxwmError(
-                f"The replay's train_ratio is {self.train_ratio}; it must be from 0.001 to 1e6, or "
-                "0 to collect and never learn."
+                f"The replay's train_ratio is {self.train_ratio}; it must be at most 1e6."
+            )
+        if self.train_ratio < 1e-3 and self.train_ratio != 0:
+            raise JaxwmError(
+                f"The replay's train_ratio is {self.train_ratio}; it must be positive, at least "
+                "0.001, or 0 to collect and never learn."
+            )
+        if self.batch_length < 2:
+            raise JaxwmError(
+                "The replay's batch_length is 1; it must be at least 2, for in a window of one row "
+                "no step follows to learn from."
             )
         if self.batch_length % self.context_every:
             raise JaxwmError(

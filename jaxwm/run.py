@@ -103,7 +103,7 @@ def run(
         env, members = train.make_env(config), apart(made.params, config.members)
         console.print("Trained. Evaluating, and drawing curve and dream.")
         returns = evaluate(program.agent_of, env, members, config, config.eval_episodes)
-        lines = evaluation_lines(returns, config) if returns.size else []
+        lines = evaluation_lines(returns, config, made.stopped) if returns.size else []
         for line in lines:
             console.print(line)
         seconds = read_metrics(folder)[-1]["time"] if first else math.nan
@@ -118,8 +118,9 @@ def run(
         )
         if not first:
             return summary
-        drawn = program.agent_of(sweep.settings(config)[0])
-        pictures = draw(folder, drawn, env, members[0], config)
+        shown = int(np.argmin(made.stopped))  # the first member that has not diverged
+        drawn = program.agent_of(sweep.settings(config)[shown // config.seeds])
+        pictures = draw(folder, drawn, env, members[shown], config)
         write_summary(config, summary, lines, pictures, program.replay.nbytes * config.shards)
         console.print(f"The summary is in {folder / SUMMARY}.")
         return summary
@@ -149,6 +150,7 @@ class _Console(Console):
 
 class _Trained(NamedTuple):
     params: Params
+    stopped: np.ndarray  # (M,), whether a member diverged and learned no more
     step: int
     updates: int
     compile_seconds: float
@@ -188,6 +190,8 @@ def _train(
             folder, config.steps, config.seeds, settings, tensorboard, console, start_step
         )
     stopped, attempts, returns = _stopped(state, config), 0, (0.0, 0.0)
+    for name in itertools.compress(_names(config), stopped):
+        console.print(f"The training of {name} had diverged. It learns no more; the others go on.")
     first_update: list[float] = []
     with (
         memory.in_words(used),
@@ -249,7 +253,7 @@ def _train(
     # The rest of the state goes: the replay's memory serves the evaluation.
     params = state.agent.params if program.layout.single else mesh.fetch(state.agent.params)
     moment = first_update[0] if first_update else math.nan
-    return _Trained(params, step, updates, compile_seconds, moment)
+    return _Trained(params, stopped, step, updates, compile_seconds, moment)
 
 
 def _state(
@@ -402,6 +406,18 @@ def evaluate(
     """
     if episodes == 0:
         return np.zeros((len(members), 0), np.float32)
+    with memory.in_words(lower="the number of episodes (--eval-episodes; of eval --episodes)"):
+        return _evaluate(agent_of, env, members, config, episodes, seed)
+
+
+def _evaluate(
+    agent_of: Callable[[dict[str, Any]], Agent],
+    env: Env | HostEnv,
+    members: list[Params],
+    config: RunConfig,
+    episodes: int,
+    seed: int | None,
+) -> np.ndarray:
     key = jax.random.fold_in(jax.random.key(config.seed if seed is None else seed), _EVALUATION)
     keys = [jax.random.fold_in(key, i) for i in range(len(members))]
     settings = [x for x in sweep.settings(config) for _ in range(config.seeds)]
@@ -431,14 +447,36 @@ def _pool(env: HostEnv, count: int, config: RunConfig, key: Key) -> Pool:
     return Pool(env, count, config.host, int(jax.random.key_data(key)[-1]))
 
 
-def evaluation_lines(returns: np.ndarray, config: RunConfig) -> list[str]:
-    """What is printed of returns (members, episodes): each member's, and the mean of all."""
+def evaluation_lines(
+    returns: np.ndarray, config: RunConfig, stopped: np.ndarray | None = None
+) -> list[str]:
+    """What is printed of returns (members, episodes): each member's, and the mean of all.
+
+    Args:
+      returns: undiscounted sums of rewards.
+      config: the run.
+      stopped: which members (M,) diverged and learned no more; None if none did.
+    """
     lines = []
     if len(returns) > 1:
-        names = _names(config)
-        means = zip(names, returns.mean(1), strict=True)
-        lines = [f"evaluation return ({name}): {_decimal(mean)}" for name, mean in means]
+        which = np.zeros(len(returns), bool) if stopped is None else stopped
+        each = zip(_names(config), returns.mean(1), which, strict=True)
+        lines = [
+            f"evaluation return ({name}): {_decimal(mean)}{' (diverged)' if bad else ''}"
+            for name, mean, bad in each
+        ]
     return [*lines, f"evaluation return: {_decimal(returns.mean())}"]
+
+
+def diverged(folder: Path, config: RunConfig) -> np.ndarray:
+    """Which members (M,) of a run learned no more at its end, by its metrics if it has any."""
+    none = np.zeros(config.members, bool)
+    if config.on_divergence != "abort" or not (folder / "metrics.jsonl").exists():
+        return none
+    last = read_metrics(folder)[-config.members :]
+    if len(last) < config.members:
+        return none
+    return np.array([line.get("updates/refused", 0) > 0 for line in last])
 
 
 def _names(config: RunConfig) -> list[str]:
@@ -573,10 +611,16 @@ def _diverged(
     ]
 
 
-_CURE = (
-    "That update was not taken, and checkpoints made before are kept. Lower "
-    "--agent.optim.learning-rate (now {:g}), look at the scale of the rewards, or {}."
-)
+def _cure(config: RunConfig, how: str) -> str:
+    rates = [x.get("agent.optim.learning_rate") for x in sweep.settings(config)]
+    swept = [f"{rate:g}" for rate in rates if rate is not None]
+    lower = f"--agent.optim.learning-rate (now {config.agent.optim.learning_rate:g})"
+    if swept:
+        lower = f"the learning rates of --sweep ({', '.join(dict.fromkeys(swept))})"
+    return (
+        f"That update was not taken, and checkpoints made before are kept. Lower {lower}, look at "
+        f"the scale of the rewards, or {how}."
+    )
 
 
 def _tell_stopped(
@@ -590,8 +634,7 @@ def _tell_stopped(
     stopped = _stopped(state, config)
     told = _diverged(state, metrics, stopped & (stopped.all() | ~before), config)
     if stopped.all():
-        how = "try --on-divergence skip or rollback"
-        cure = _CURE.format(config.agent.optim.learning_rate, how)
+        cure = _cure(config, "try --on-divergence skip or rollback")
         raise JaxwmError(f"{' '.join(told)} {cure}")
     for text in told:
         console.print(f"{text} It learns no more; the others go on.")
@@ -608,7 +651,7 @@ def _tell_attempt(
     """Tells why the run goes back to its newest checkpoint, or raises an error after some times."""
     told = " ".join(_diverged(state, metrics, _refused(state), config))
     if attempt > _ATTEMPTS:
-        cure = _CURE.format(config.agent.optim.learning_rate, "try --on-divergence skip")
+        cure = _cure(config, "try --on-divergence skip")
         raise JaxwmError(f"{told} The run had gone back {_ATTEMPTS} times in vain. {cure}")
     console.print(
         f"{told} The run goes back to its newest checkpoint, with other random numbers (attempt "

@@ -17,6 +17,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 from jaxwm.config import require
 from jaxwm.spaces import nearest
 
@@ -47,14 +49,15 @@ def parse(sweep: tuple[str, ...], config: Any) -> dict[str, tuple[float, ...]]:
             found[path] = tuple(float(value) for value in listed.split(","))
         except ValueError:
             found[path] = ()
+        single = [_single(value) for value in found[path]]  # as the program sees them
         require(
-            len(found[path]) > 0 and all(map(math.isfinite, found[path])),
+            len(single) > 0 and all(map(math.isfinite, single)),
             f"The sweep of {path} should be numbers with commas between them, such as "
             f"{name}=1e-5,4e-5, not {word!r}.",
         )
         require(
-            len(set(found[path])) == len(found[path]),
-            f"The sweep of {path} names a value twice: {listed}.",
+            len(set(single)) == len(single),
+            f"The sweep of {path} names a value twice: {listed} (in float32).",
         )
     return found
 
@@ -74,8 +77,16 @@ def columns(config: Any) -> dict[str, list[float]]:
 def labels(config: Any) -> list[str]:
     """The setting of each member as "learning_rate=1e-05 entropy=0.0001"; "" without a sweep."""
     rows = [setting for setting in settings(config) for _ in range(config.seeds)]
+    paths = [path.split(".") for path in rows[0]]
+
+    def short(path: list[str]) -> str:
+        """The end of a path that is the end of no other one."""
+        ends = (path[-count:] for count in range(1, len(path) + 1))
+        return ".".join(next(end for end in ends if sum(x[-len(end) :] == end for x in paths) == 1))
+
+    names = [short(path) for path in paths]
     return [
-        " ".join(f"{path.rpartition('.')[2]}={value!r}" for path, value in row.items())
+        " ".join(f"{name}={value!r}" for name, value in zip(names, row.values(), strict=True))
         for row in rows
     ]
 
@@ -92,6 +103,23 @@ def member(config: T, index: int) -> T:
     for path, value in setting.items():
         alone = _replaced(alone, path.split("."), value, dataclasses.replace)
     return alone
+
+
+def check(config: Any, index: int) -> None:
+    """Checks the values of one member, as they are given and as float32, which computes them.
+
+    Raises:
+      JaxwmError: if one is out of range.
+    """
+    alone = member(config, index)
+    for path, value in settings(config)[index // config.seeds].items():
+        _replaced(alone, path.split("."), _single(value), dataclasses.replace)
+
+
+def _single(value: float) -> float:
+    """A number as float32 holds it; infinite if that cannot."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
 
 
 def put(config: T, values: Mapping[str, Any]) -> T:
@@ -140,5 +168,6 @@ def _path(name: str, paths: list[str]) -> str:
         len(ends) < 2, f"The sweep's {name!r} may be {' or '.join(ends)}. Give more of the path."
     )
     if not ends:
-        raise nearest(name, [*paths, *(x.rpartition(".")[2] for x in paths)], "entry to sweep")
+        ends = {x.rpartition(".")[2] for x in paths}
+        raise nearest(name, {*paths, *ends}, "entry to sweep")
     return ends[0]

@@ -199,6 +199,12 @@ def build(
     """
     env = single or make_env(config)
     require(
+        not jax.config.values["jax_debug_nans"],
+        "Metrics of nothing, such as the return where no episode ended, are NaN, at which "
+        "JAX_DEBUG_NANS would end the run. Unset it: every update is looked at for NaN, and what "
+        "was not finite first is told (--on-divergence).",
+    )
+    require(
         config.replay.place == "device" or isinstance(env, HostEnv),
         f"A replay in the host's memory needs simulators on the host, and {env.name} runs on the "
         "device, in one program with its replay. Leave --replay.place at device, and lower "

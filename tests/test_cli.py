@@ -163,6 +163,18 @@ def test_compiled_programs_are_kept_where_that_is_possible(monkeypatch, tmp_path
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("JAX_PLATFORMS", "abacus"), ("JAX_DEFAULT_MATMUL_PRECISION", "utmost")]
+)
+def test_what_jax_cannot_be_told_is_said(name, value, tmp_path):
+    words = [sys.executable, "-m", "jaxwm.cli", "train", "dreamer_v3", "--env", "toy/Memory"]
+    words += ["--size", "debug", "--run", str(tmp_path / "run")]
+    env = os.environ | {name: value}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, env=env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "jax cannot begin" in done.stderr and f"{name}={value}" in done.stderr
+
+
 def test_the_shell_gets_2_and_a_paragraph():
     words = [sys.executable, "-m", "jaxwm.cli", "trian"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)

@@ -1,5 +1,6 @@
 """Runs beside the published curves: the data, which curve is whose, scores, verdicts, pictures."""
 
+import dataclasses
 import gzip
 import json
 
@@ -9,6 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from jaxwm import cli, config, plot
+from jaxwm.checkpoint import read_config
 from jaxwm.evaluate import published
 from jaxwm.evaluate.compare import compare
 from jaxwm.log import Logger
@@ -280,6 +282,10 @@ def test_what_cannot_be_compared_is_told(tmp_path):
     quiet = run_folder(tmp_path / "quiet", [np.nan], seed=5)
     with pytest.raises(JaxwmError, match=r"No episode of .* seed 5 has ended yet"):
         compare([quiet])
+    swept = dataclasses.replace(read_config(other), sweep=("entropy=0.1,0.2",))
+    config.write(swept, other / "config.json")
+    with pytest.raises(JaxwmError, match=r"other is a sweep .*Compare runs of one setting each"):
+        compare([other])
 
 
 # The picture and the command

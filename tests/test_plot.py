@@ -86,6 +86,21 @@ def test_settings_of_a_sweep_are_curves_of_their_own(tmp_path):
     ]
 
 
+def test_many_curves_can_be_told_apart(tmp_path):
+    """Beyond the seven colours lines are dashed; beyond six names they stand beside the axes."""
+    names = [f"a={i}" for i in range(9)]
+    rows = [(i, 0, {"setting": x, "loss/total": i}) for i in range(3) for x in names]
+    run, drawn = run_folder(tmp_path / "a", rows), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "_save", lambda figure, path: drawn.append(figure) or path)
+        plot.learning_curve([run], tmp_path / "curve.png", "loss/total")
+    axes = drawn[0].axes[0]
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
+    assert len(looks) == len(names)
+    drawn[0].canvas.draw()
+    assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1
+
+
 def test_one_point_is_a_curve(tmp_path):
     run = run_folder(tmp_path / "a", returns(1, writes=1))
     assert plot.learning_curve([run], tmp_path / "curve.png").stat().st_size > 1000

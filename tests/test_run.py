@@ -328,6 +328,10 @@ def test_a_sweep_leaves_curves_and_returns_of_each_setting(tiny, tmp_path, capsy
         assert f"The training of {name} diverged at update" in told
         assert f"evaluation return (learning_rate=0.001 unimix=0.5 seed {i}): " in told
         assert f"evaluation return ({name}): " in told
+    summary = (folder / "SUMMARY.md").read_text()
+    assert told.count(" (diverged)\n") == summary.count(" (diverged)\n") == 2
+    assert cli.main(["eval", str(folder), "--episodes", "2"]) == 0
+    assert capsys.readouterr().out.count("seed 0): ") == 2
     lines = read_metrics(folder)
     assert [x["seed"] for x in lines[:4]] == [0, 1, 0, 1]
     assert lines[0]["setting"] == lines[1]["setting"] == "learning_rate=0.001 unimix=0.5"

@@ -42,6 +42,9 @@ def test_every_combination_is_a_setting_with_all_seeds(config):
     assert (alone.seed, alone.seeds, alone.sweep) == (8, 1, ())
     assert alone.agent.optim.learning_rate == 1e-2 and alone.agent.behavior.entropy == 0.0
     assert sweep.settings(config) == [{}] and sweep.labels(config) == [""]
+    both = ("latent.unimix=0.1", "behavior.unimix=0.2", "rep=1")
+    run = dataclasses.replace(config, sweep=both)
+    assert sweep.labels(run) == ["latent.unimix=0.1 behavior.unimix=0.2 rep=1.0"]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,10 @@ def test_every_combination_is_a_setting_with_all_seeds(config):
         ("learning_rate=1e-3,fast", "should be numbers"),
         ("learning_rate=1e-3,nan", "should be numbers"),
         ("learning_rate=1,1.0", "names a value twice: 1,1.0"),
+        ("entropy=0.1,0.10000000001", "names a value twice"),  # in float32
+        ("learning_rate=1e-3,1e39", "should be numbers"),
+        ("learning_rate=1e-3,1e-50", "learning_rate is 0.0; it must be positive"),
+        ("beta2=0.9999999999", "beta2 is 1.0; it must lie in 0 to below 1"),
         ("learning_rate=1e-3,-1", "learning_rate is -1.0; it must be positive"),
         ("slow_rate=2", "slow_rate is 2.0; it must lie in 0 to 1"),
     ],

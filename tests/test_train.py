@@ -264,6 +264,16 @@ def test_rows_lie_in_the_replay_by_the_time_table(config, monkeypatch):
     assert not np.asarray(state.buffer.deter[:, 12:]).any()
 
 
+@pytest.mark.parametrize("option", ["jax_enable_x64", "jax_debug_nans"])
+def test_options_of_jax_under_which_nothing_runs_are_told(config, option):
+    jax.config.update(option, True)
+    try:
+        with pytest.raises(ValueError, match=f"Unset (it|{option.upper()})"):
+            train.build(config)
+    finally:
+        jax.config.update(option, False)
+
+
 def test_an_environment_by_another_name_is_told():
     with pytest.raises(ValueError, match="Did you mean Memory"):
         train.make_env(RunConfig(env="toy/Memori"))

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxwm.config import require
 from jaxwm.types import (
     ActionSpace,
     Box,
@@ -39,6 +40,12 @@ def validate(env: Env | HostEnv) -> None:
 
     def fail(text):
         raise JaxwmError(f"Environment {env.name}: {text}")
+
+    require(
+        not jax.config.values["jax_enable_x64"],
+        "jaxwm computes in float32 and bfloat16, and jax is told to take 64 bits instead. Unset "
+        "JAX_ENABLE_X64 (in Python: jax.config.update('jax_enable_x64', False)).",
+    )
 
     if not isinstance(env.obs_space, dict) or not env.obs_space:
         fail(

@@ -134,7 +134,7 @@ def compare(
     require(len(runs) > 0, "There is nothing to compare: give at least one run folder.")
     configs = [read_config(run) for run in runs]
     config = configs[0]
-    for run, other in zip(runs[1:], configs[1:], strict=True):
+    for run, other in zip(runs, configs, strict=True):
         _check_same(runs[0], config, run, other)
     curve = published.curve(task or published.task_of(config), method)
     caveats = published.caveats(config) + curve.caveats
@@ -187,10 +187,10 @@ def _is_known(config: RunConfig, task: str) -> bool:
 
 
 def _check_same(run: Path, config: RunConfig, other_run: Path, other: RunConfig) -> None:
-    """Raises an error unless two runs are of one experiment."""
-    if config.sweep:
+    """Raises an error unless two runs are seeds of one experiment."""
+    if other.sweep:
         raise JaxwmError(
-            f"{run} is a sweep ({' '.join(config.sweep)}), whose members are no seeds of one "
+            f"{other_run} is a sweep ({' '.join(other.sweep)}), whose members are no seeds of one "
             "experiment. Compare runs of one setting each."
         )
     if config.env != other.env:

@@ -14,7 +14,7 @@ from jaxwm.replay import ReplayConfig
 # In one program; a mistyped number is no reason to compute for hours.
 _MOST_MEMBERS = 4096
 # Whole numbers that need not be counted in 32 bits.
-_WIDE = {"seed": 2**62, "steps": 2**53, "replay.capacity": 2**53}
+_WIDE = {"seed": 2**32 - 1, "steps": 2**53, "replay.capacity": 2**53}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,11 @@ class RunConfig:
         for name in ("seed", "time_limit", "eval_episodes"):
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}; it must not be negative.")
+        require(
+            self.seed + self.seeds <= 2**32,
+            f"seed is {self.seed} and seeds is {self.seeds}; the last seed must be below 2^32, "
+            "from where on keys repeat.",
+        )
         for name, count in (("envs", self.envs), ("replay.batch_size", self.replay.batch_size)):
             require(
                 count % self.shards == 0,
@@ -102,7 +107,7 @@ class RunConfig:
         )
         if self.sweep:
             for index in range(0, count, self.seeds):
-                sweep.member(self, index)  # which checks its values
+                sweep.check(self, index)
 
     @property
     def members(self) -> int:
