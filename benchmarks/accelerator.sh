@@ -17,7 +17,8 @@ SIZES=${SIZES:-size1m size12m size50m size200m}
 LIMIT=${LIMIT:-600}
 
 read -r -a sizes <<<"$SIZES"
-device=$("$PYTHON" -c 'import jax; print(jax.devices()[0].device_kind)' | tr -c 'a-zA-Z0-9\n' -) || exit
+device=$("$PYTHON" -c 'import jax; print(jax.devices()[0].device_kind)') || exit
+device=$(tr -c 'a-zA-Z0-9\n' - <<<"$device")
 OUT=${OUT:-benchmarks/results/$device-$(date +%F)}
 mkdir -p "$OUT" || exit
 SECONDS=0
@@ -48,8 +49,8 @@ part 150 "$PYTHON" -m benchmarks.throughput --size "${sizes[@]}" --obs vector im
 part 60 "$PYTHON" -m benchmarks.loop --dtype "$DTYPE" --iterations 64 --collect-envs 1024 \
     --out "$OUT/loop.jsonl"
 part 150 "$PYTHON" -m benchmarks.scaling --envs 1 64 1024 8192 --seeds 1 8 32 \
-    --sizes "${sizes[@]}" --dtype "$DTYPE" --budget 20 --picture "$OUT/scaling.png" \
-    --out "$OUT/scaling.jsonl"
+    --batch 16 --length 64 --sizes "${sizes[@]}" --dtype "$DTYPE" --budget 20 \
+    --picture "$OUT/scaling.png" --out "$OUT/scaling.jsonl"
 part 60 "$PYTHON" -m benchmarks.memory --sizes "${sizes[@]}" --obs vector --dtype "$DTYPE" \
     --out "$OUT/memory.jsonl"
 part 60 "$PYTHON" -m benchmarks.compile_time --sizes "${sizes[0]}" --dtype "$DTYPE" \

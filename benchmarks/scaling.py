@@ -3,8 +3,9 @@
     python -m benchmarks.scaling --picture curves.png --out benchmarks/results/scaling.jsonl
 
 - envs: steps per second of a policy that acts and stores in so many environments, in one program.
-- seeds: time of one update of so many seeds side by side, against one seed's. Runs take turns. On a
-  CPU seeds are divided among its cores, as in a training.
+- seeds: time of one update of so many seeds side by side, against one seed's, with batches of
+  16 x 64 and of 4 x 32, as the presets of nano have them. Runs take turns. On a CPU seeds are
+  divided among its cores, as in a training.
 - sizes: time of one update, and the operations per second it comes to.
 
 Efficiency is the share that is left of linear growth: of as many times the speed of the first
@@ -159,18 +160,24 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     """The curves, and linear growth from their first points."""
     from matplotlib.figure import Figure
 
-    lines = [line for line in lines if line["points"]]
-    figure = Figure(figsize=(4 * len(lines), 3.6), layout="constrained")
-    for line, axes in zip(lines, figure.subplots(1, len(lines), squeeze=False)[0], strict=True):
-        points, axis = line["points"], line["axis"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        if line["points"]:
+            groups.setdefault(line["axis"], []).append(line)
+    figure = Figure(figsize=(4 * len(groups), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for (axis, alike), axes in zip(groups.items(), panels, strict=True):
+        line = alike[-1]
         if axis == "seeds":
-            x, y = [p["seeds"] for p in points], [p["cost"] for p in points]
-            axes.plot(x, y, "o-")
+            for each in alike:
+                x, y = ([p[name] for p in each["points"]] for name in ("seeds", "cost"))
+                axes.plot(x, y, "o-", label="batches of {} x {}".format(*each["batch"]))
             axes.axhline(1, color="0.7", linestyle="--", label="as many programs of one seed")
             axes.set_xscale("log", base=2)
             axes.set(xlabel="seeds", ylabel="time of an update for each seed", ylim=(0, None))
             axes.set_title(f"{line['size']}, one seed alone is 1")
         else:
+            points = line["points"]
             what = "steps_per_second" if axis == "envs" else "flops_per_second"
             x = [p["envs" if axis == "envs" else "parameters"] for p in points]
             y = [p[what] for p in points]
@@ -195,8 +202,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=number, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--sizes", nargs="+", default=["nano", *dreamer_v3.DETER])
     parser.add_argument("--size", default="nano", help="a size, for environments and seeds")
-    parser.add_argument("--batch", type=number, default=16)
-    parser.add_argument("--length", type=number, default=64)
+    parser.add_argument("--batch", type=number, nargs="+", default=[16, 4], help="of seeds each")
+    parser.add_argument("--length", type=number, nargs="+", default=[64, 32], help="one a batch")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--repeats", type=number, default=10)
     parser.add_argument("--budget", type=float, default=120, help="seconds that a point may take")
@@ -204,16 +211,19 @@ def main() -> None:
     args = parser.parse_args()
     if "seeds" in args.axes:
         mesh.use_cores(dataclasses.replace(training(args.size, 1, 1), seeds=max(args.seeds)))
-    batch, rest = (args.batch, args.length), (args.repeats, args.dtype, args.budget)
-    axes = {
-        "envs": lambda: environments(args.envs, args.size, args.repeats, args.dtype),
-        "seeds": lambda: seeds(args.seeds, args.size, *batch, *rest),
-        "sizes": lambda: sizes(args.sizes, *batch, *rest),
+    if len(args.batch) != len(args.length):
+        parser.error("give as many numbers to --length as to --batch")
+    batches, rest = list(zip(args.batch, args.length, strict=True)), (args.repeats, args.dtype)
+    points = {
+        "envs": lambda: [environments(args.envs, args.size, *rest)],
+        "seeds": lambda: (seeds(args.seeds, args.size, *x, *rest, args.budget) for x in batches),
+        "sizes": lambda: [sizes(args.sizes, *batches[0], *rest, args.budget)],
     }
     lines = []
     for axis in args.axes:
-        lines.append(axes[axis]() | {"dtype": compute_dtype(args.dtype)} | machine())
-        emit(lines[-1], args.out)
+        for line in points[axis]():
+            lines.append(line | {"dtype": compute_dtype(args.dtype)} | machine())
+            emit(lines[-1], args.out)
     if args.picture:
         draw(lines, args.picture)
 
