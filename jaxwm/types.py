@@ -95,8 +95,8 @@ class Env(NamedTuple):
 
     A single environment knows nothing of batches and never resets itself;
     `envs.wrappers.batch` makes the batched, self-resetting one (leading axis B) that the
-    training loop steps. Actions of `Box` spaces arrive in [-1, 1] after
-    `envs.wrappers.normalize_action`.
+    training loop steps. Agents act in [-1, 1]: a run scales that to the bounds of `Box` actions
+    that have some (`envs.wrappers.normalize_action`).
     """
 
     name: str
