@@ -1,8 +1,13 @@
 """What programs are compiled with."""
 
 import ctypes
+import json
+import os
 import pathlib
 import resource
+import statistics
+import subprocess
+import sys
 import uuid
 
 import jax
@@ -16,6 +21,7 @@ LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 WRITTEN = {x: value for x, value in OPTIONS.items() if x != compiler.PIECES}
 pytestmark = pytest.mark.skipif(compiler.options() != WRITTEN, reason="not known to this XLA")
 SQUARE = jnp.ones((256, 256))
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -66,7 +72,21 @@ def test_large_programs_are_kept_on_disk_where_programs_are(every_program_is_kep
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="it is not glibc")
-def test_temporary_memory_is_kept_from_one_run_to_the_next(no_cache):
+def test_temporary_memory_is_kept_from_one_run_to_the_next():
+    """In a process of its own: what others left in a thread's heap may take a piece's place."""
+    code = "from tests.test_compiler import report_faults; report_faults()"
+    env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
+    assert not done.returncode, done.stderr.decode()
+    temporary, faults = json.loads(done.stdout)
+    assert temporary > 2 * heap.PIECE
+    # Every thread that runs programs comes to have heaps, within some runs.
+    assert statistics.median(faults) < temporary / resource.getpagesize() / 10
+
+
+def report_faults() -> None:
+    """Prints the temporary memory of a program, and the page faults of each of twenty runs."""
+
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         jax.block_until_ready(compiled(x))
@@ -75,8 +95,7 @@ def test_temporary_memory_is_kept_from_one_run_to_the_next(no_cache):
     x = jnp.ones((2048, 1024))
     compiled = compiler.jit(large).lower(x).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary > 2 * heap.PIECE
-    assert min(faults() for _ in range(5)) < temporary / resource.getpagesize() / 10
+    print(json.dumps([temporary, [faults() for _ in range(20)]]))
 
 
 def test_what_a_user_says_of_an_option_stays(monkeypatch, no_cache):
