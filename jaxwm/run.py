@@ -324,7 +324,7 @@ def _lines(
         count = min(count, max(1, int(_DISPATCH / pace)))
         count = mesh.agree(min(count, warm - done) if done < warm else count)
         begun = time.monotonic()
-        state, metrics = chunk(state, count, (done + count) % program.iterations == 0)
+        state, metrics = chunk(state, count, done % program.iterations == 0)
         metrics = mesh.fetch(metrics)
         done = int(state.clock.iteration)
         if not first_update and int(state.clock.updates) > before:

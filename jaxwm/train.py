@@ -102,7 +102,7 @@ class Chunk(NamedTuple):
     """Some iterations, one after the other; the state is updated in place.
 
     Attributes:
-      function: `TrainState, count, ends -> TrainState, metrics`, jitted or compiled.
+      function: `TrainState, count, fresh -> TrainState, metrics`, jitted or compiled.
       iterations: the usual count, which makes up a line of metrics.
       temporary: bytes that a compiled one needs beside the state, if the backend tells.
     """
@@ -112,11 +112,11 @@ class Chunk(NamedTuple):
     temporary: int = 0
 
     def __call__(
-        self, state: TrainState, count: int | None = None, ends: bool = True
+        self, state: TrainState, count: int | None = None, fresh: bool = True
     ) -> tuple[TrainState, Any]:
-        """The state after `count` iterations, and the metrics since a line of them last ended."""
+        """The state after `count` iterations, and the metrics since the last fresh start."""
         count = self.iterations if count is None else count
-        return self.function(state, np.int32(count), np.bool_(ends))
+        return self.function(state, np.int32(count), np.bool_(fresh))
 
 
 class Program(NamedTuple):
@@ -358,14 +358,14 @@ def _on_device(
         state, row = env.reset(shards.own(key))
         return state, row._replace(action=zeros(env.action_space, (config.envs,)))
 
-    def chunk(state: TrainState, count: Array, ends: Array) -> tuple[TrainState, Metrics]:
+    def chunk(state: TrainState, count: Array, fresh: Array) -> tuple[TrainState, Metrics]:
         iterate = _iteration(config, env, learner_of(state.values), memory)
-        own = state._replace(key=shards.own(state.key))
+        own = begin_line(state._replace(key=shards.own(state.key)), fresh)
         # How often is no part of the program: chunks of any length share it.
         after = jax.lax.fori_loop(0, count, lambda _, state: iterate(state), own)
         ended = shards.total({name: getattr(after.episodes, name) for name in SUMS})
         metrics = metrics_of(after.account, after.health, after.episodes._replace(**ended))
-        return end_line(after._replace(key=state.key), ends), metrics
+        return after._replace(key=state.key), metrics
 
     def fault(state: TrainState) -> str | None:
         found = mesh.fetch(state.env.fault)
@@ -437,9 +437,9 @@ def _no_sums(agent: Agent, memory: Replay, state: AgentState) -> Metrics:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
 
-def end_line(state: Any, ends: Any, xp: Any = jnp) -> Any:
-    """A state whose sums begin anew for the next line of metrics, if one ends here."""
-    keep = lambda x: xp.where(ends, xp.zeros_like(x), x)  # noqa: E731
+def begin_line(state: Any, fresh: Any, xp: Any = jnp) -> Any:
+    """A state whose sums for the next line of metrics begin anew, if they should."""
+    keep = lambda x: xp.where(fresh, xp.zeros_like(x), x)  # noqa: E731
     sums = {name: keep(getattr(state.episodes, name)) for name in SUMS}
     account = jax.tree.map(keep, state.account)
     return state._replace(episodes=state.episodes._replace(**sums), account=account)

@@ -112,11 +112,12 @@ def on_host(
         add, learn = store.join(*others)
 
         def chunk(
-            state: train.TrainState, count: Any, ends: Any
+            state: train.TrainState, count: Any, fresh: Any
         ) -> tuple[train.TrainState, dict[str, Any]]:
             pool, begun, waited = opened[0], time.perf_counter(), 0.0
             clock = jax.tree.map(int, jax.device_get(state.clock))
             iteration, credit, updates = clock.iteration, clock.credit, clock.updates
+            state = train.begin_line(state, fresh, np)
             row, carry, acting = state.row, state.carry, state.env.acting
             episodes = jax.device_get(state.episodes)
             params, rest = state.agent.params, _without_acting(state)
@@ -170,7 +171,7 @@ def on_host(
             metrics["host/waiting"] = waited / (time.perf_counter() - begun)
             metrics["host/faults"] = sum(pool.faults.values())
             metrics["memory/simulators"] = pool.resident_bytes()
-            return train.end_line(state, ends and not pool.failure, np), metrics
+            return state, metrics
 
         return chunk
 

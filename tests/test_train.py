@@ -81,23 +81,10 @@ def test_how_a_run_is_cut_into_chunks_changes_nothing(single):
     program, chunk = single
     state, metrics = run(chunk, program.init(), 4)
     other = program.init()
-    for count, ends in [(5, False), (2, True), (7, True), (1, False), (6, True), (7, True)]:
-        other, told = chunk(other, count, ends)
+    for count, fresh in [(5, True), (2, False), (7, True), (1, True), (6, False), (7, True)]:
+        other, told = chunk(other, count, fresh)
     chex.assert_trees_all_equal(*map(plain, (state, other)))
     chex.assert_trees_all_equal(metrics, told)
-
-
-def test_lines_of_other_lengths_count_no_episode_twice(single):
-    """As when a run goes on with another `log_every`."""
-    program, chunk = single
-    counts = []
-    for lines in ([7, 7, 7, 7], [7, 3, 14, 4]):
-        state, total = program.init(), 0.0
-        for count in lines:
-            state, metrics = chunk(state, count)
-            total += float(metrics["episode/count"])
-        counts.append(total)
-    assert counts[0] == counts[1] > 0
 
 
 def plain(state):

@@ -91,7 +91,16 @@ ENTRIES = flatten(DEFAULT)
 FLAGS = {path: f"--{path.replace('_', '-')}" for path in ENTRIES}
 # Entries that may be 0; of the others, those that may be no more than 1.
 _ZERO = ("seed", "time_limit", "eval_episodes", "host.workers", "host.max_faults", "unimix")
-_ZERO += ("free_nats", "layers", "lambda_", "entropy", "slow_regularizer", "slow_rate", "steps")
+_ZERO += (
+    "train_ratio",
+    "free_nats",
+    "layers",
+    "lambda_",
+    "entropy",
+    "slow_regularizer",
+    "slow_rate",
+    "steps",
+)
 _SHARES = ("unimix", "lambda_", "return_rate", "slow_rate", "beta1", "beta2")
 _BAD = {
     int: ("", "many", "1.5", "1e3", "-1", "-20", "nan", "None", "9" * 25),
