@@ -103,12 +103,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as cache:
                 found[what] = {x: process(args, what, size, cache) for x in ("cold", "warm")}
         # Only now: a process that knows the device may hold it, or its memory, for itself.
-        line = {
-            "size": size,
-            "obs": args.obs,
-            "envs": args.envs,
-            "dtype": compute_dtype(args.dtype),
-        }
+        line = {"size": size, "obs": args.obs, "envs": args.envs}
+        line["dtype"] = compute_dtype(args.dtype)
         emit(line | {"batch": [args.batch, args.length]} | found | machine(), args.out)
 
 

@@ -29,11 +29,9 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 def _file(text: str) -> Path:
     """A file that can be appended to: known before anything is measured."""
     path = Path(text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path} cannot be written: {error.strerror}") from None
+    there = next(x for x in (path, *path.absolute().parents) if x.exists())
+    if path.is_dir() or (there != path and not there.is_dir()) or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} is no file that can be written")
     return path
 
 
@@ -48,7 +46,7 @@ def in_words(main: Callable[[], None]) -> None:
     """Runs a benchmark; what it cannot measure is told in words, with exit status 2."""
     try:
         main()
-    except JaxwmError as error:
+    except (JaxwmError, OSError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -95,5 +93,6 @@ def emit(line: dict[str, Any], out: Path | None) -> None:
     text = json.dumps(line)
     print(text, flush=True)
     if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
