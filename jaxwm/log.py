@@ -81,6 +81,7 @@ class Logger:
         self._total, self._seeds, self._clock = total_steps, seeds, clock
         self._settings, self._count = settings, len(settings) or seeds
         self._start = clock() - (kept[-1].get("time", 0.0) if kept else 0.0)
+        self.last_step = kept[-1]["step"] if kept else 0  # of the last line
         self._waiting = b""
         self._open()
         self._board = _board(folder) if tensorboard else None
@@ -127,6 +128,7 @@ class Logger:
             line |= {k: _number(v[i]) for k, v in columns.items() if np.isfinite(v[i])}
             lines.append(json.dumps(line, allow_nan=False) + "\n")
         self._waiting += "".join(lines).encode()
+        self.last_step = step
         if not self.flush():
             self._console.print(f"{self._path} takes no more; its lines are kept for later.")
         if self._board:
@@ -153,7 +155,8 @@ class Logger:
         """Drops the lines after a step, where the run begins again."""
         self._file.close()
         self._waiting = b""
-        _drop_after(self._path, step)
+        kept = _drop_after(self._path, step)
+        self.last_step = kept[-1]["step"] if kept else 0
         self._open()
 
     def close(self) -> None:

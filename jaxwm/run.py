@@ -199,7 +199,8 @@ def _train(
         checkpoint.Saver(folder, config, console.print, step) as saver,
         stop.asked() as signals,
     ):
-        lines = _lines(program, chunk, state, signals, first_update)
+        told = mesh.agree(int(logger is not None and logger.last_step == step))
+        lines = _lines(program, chunk, state, bool(told), signals, first_update)
         while step < config.steps:
             before = step
             state, metrics, asked = next(lines)
@@ -218,7 +219,8 @@ def _train(
                 saver.rewind(step)
                 if logger is not None:
                     logger.rewind(step)
-                lines = _lines(program, chunk, state, signals, first_update)
+                told = mesh.agree(int(logger is not None and logger.last_step == step))
+                lines = _lines(program, chunk, state, bool(told), signals, first_update)
                 returns = (0.0, 0.0)
                 continue
             stopped = _tell_stopped(state, metrics, stopped, config, console)
@@ -308,12 +310,14 @@ def _lines(
     program: train.Program,
     chunk: train.Chunk,
     state: train.TrainState,
+    told: bool,
     signals: list[int],
     first_update: list[float],
 ) -> Iterator[tuple[train.TrainState, dict[str, Any], int]]:
     """The state at each line of metrics, with the line; used up by asking for the next.
 
     It may come before a line, at a fault of the environments, or at a signal, which is given too.
+    Whether the last line told what the state has summed up is `told`: the next begins anew then.
     When the first update was made is added to `first_update`, if it is empty.
     """
     before = int(state.clock.updates)
@@ -324,14 +328,15 @@ def _lines(
         count = min(count, max(1, int(_DISPATCH / pace)))
         count = mesh.agree(min(count, warm - done) if done < warm else count)
         begun = time.monotonic()
-        state, metrics = chunk(state, count, done % program.iterations == 0)
+        state, metrics = chunk(state, count, told)
         metrics = mesh.fetch(metrics)
         done = int(state.clock.iteration)
         if not first_update and int(state.clock.updates) > before:
             first_update.append(time.monotonic())
         pace = math.inf if done == warm else max((time.monotonic() - begun) / count, 1e-9)
         asked = mesh.agree(signals[0] if signals else 0)
-        if done % program.iterations == 0 or asked or program.fault(state):
+        told = done % program.iterations == 0
+        if told or asked or program.fault(state):
             yield state, metrics, asked
 
 

@@ -291,6 +291,25 @@ def test_changed_entries_go_on_only_if_they_are_meant(tiny, finished, tmp_path, 
     assert checkpoint.latest(folder) == 240
 
 
+def test_episodes_are_told_once_though_lines_come_at_other_steps_after_a_resume(
+    tiny, finished, tmp_path
+):
+    """Lines lie 24 steps apart after step 200, which is no multiple of it."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    configs.write(dataclasses.replace(tiny, steps=240, log_every=24), folder / "config.json")
+    resume(folder, quiet=True)
+    straight = tmp_path / "straight"
+    run(dataclasses.replace(tiny, steps=240, log_every=8), straight, quiet=True)
+    found, wanted = read_metrics(folder), read_metrics(straight)
+    assert [line["step"] for line in found] == [40, 80, 120, 160, 200, 216, 240]
+    between = [*zip([0, 40, 80, 120, 160, 200, 216], found, strict=True)]
+    for start, line in between:
+        told = [x["episode/count"] for x in wanted if start < x["step"] <= line["step"]]
+        assert line["episode/count"] == sum(told)
+    assert sum(line["episode/count"] for line in found[-2:]) > 0
+
+
 @pytest.mark.parametrize("saved", [True, False], ids=["to_its_checkpoint", "to_its_start"])
 def test_a_run_that_diverges_goes_back_and_gives_up_after_some_times(
     tiny, finished, tmp_path, capsys, saved
