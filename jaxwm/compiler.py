@@ -54,7 +54,7 @@ def halves() -> bool:
 
 @functools.cache
 def has_halves(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU multiplies bfloat16 faster than float32; of Linux alone it is known.
+    """Whether the CPU multiplies bfloat16 faster than float32; known on Linux only.
 
     An instruction of AVX512-BF16 does twice the work of one of float32, but Intel's cores begin one
     of them where they begin two of float32: there it takes AMX. On a Xeon whose virtual machine

@@ -1,12 +1,13 @@
 """What a run tells while it trains: `metrics.jsonl`, a line on the console, TensorBoard.
 
 Metric names are paths: `episode/return`, `episode/length`, `loss/<name>`, `loss/total`,
-`grad_norm`, `replay/size`, `memory/process` (resident bytes of the process that trains). With
-simulators on the host also `host/waiting`, the share of the time spent waiting for them,
-`host/faults`, how many they have had since the start, and `memory/simulators` (resident bytes of
-their processes). `updates/refused` counts updates that were not finite and so never taken. Each
-value is one number or one per member. A value that is not finite is left out
-of the file (`episode/return` is NaN where no episode ended since the last write).
+`grad_norm`, `episode/count`, `latent/<name>`, `dream/<name>`, `policy/entropy`, `replay/size`,
+`memory/process` (resident bytes of the process that trains). With simulators on the host also
+`host/waiting`, the share of the time spent waiting for them, `host/faults`, how many they have had
+since the start, and `memory/simulators` (resident bytes of their processes). `updates/refused`
+counts updates that were not finite and so never taken. Each value is one number or one per member.
+A value that is not finite is left out of the file (`episode/return` is NaN where no episode ended
+since the last write).
 
 `metrics.jsonl` holds one JSON object per write and member (seed, and setting of a sweep): `step`
 (environment steps of one member), `updates`, `seed` (counted from 0), `setting` (of a sweep),

@@ -50,7 +50,7 @@ class Layout(NamedTuple):
       mesh: the devices in use, with the axes "members" and "data".
       members: members in all.
       shards: shards of each member.
-      parts: whether devices hold but parts of what they learn.
+      parts: whether each device holds only a part of parameters and optimiser.
     """
 
     mesh: Mesh

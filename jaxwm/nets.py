@@ -262,7 +262,7 @@ def _conv_params(module: Conv | PooledConv | ConvTranspose | UpsampleConv) -> tu
 
 
 def keep_products(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, of which a gradient keeps products and sums alone and computes the rest again.
+    """`function`, whose gradient keeps only products and sums, and computes the rest again.
 
     On CPU only, where writing to memory costs more than most of what is written. Sums and maxima
     take little memory and are slow.
@@ -285,8 +285,8 @@ def sliced(size: int) -> bool:
 def spare_columns(count: int) -> int:
     """Columns to add to `count` so that products with features first do not stumble on a CPU.
 
-    Rows of so many numbers that their distance is a multiple of 1 KiB fall on the same few sets of
-    the cache, and push one another out of it: products then take up to twice the time.
+    Rows whose distance is a multiple of 1 KiB share few sets of the cache and evict one another:
+    products then take up to twice the time.
     """
     return 16 if jax.default_backend() == "cpu" and count % 256 == 0 else 0
 
@@ -302,7 +302,7 @@ def by_slices(function: Callable[..., Any], *arrays: Any) -> Any:
 
 
 def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which `jax.vmap` on a CPU has compute one member after the other.
+    """`function`, which under `jax.vmap` on a CPU runs one member after the other.
 
     What a member computes in between then stays in the cache. The function may hold no traced
     values and no collectives: it takes all that differs between members as arguments.
@@ -313,7 +313,7 @@ def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function(params, *arrays)` for many rows, of which a gradient keeps nothing.
+    """`function(params, *arrays)` for many rows, whose gradient keeps nothing in between.
 
     It is computed again, some of the rows at a time, so that what lies between takes little memory.
     """

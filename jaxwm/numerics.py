@@ -212,12 +212,12 @@ def twohot_mean(
 
 
 def fold_mirrored(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-    """Sums of entries that mirror each other, the middle, and their differences, in place of them.
+    """Replaces each mirrored pair by its sum and its difference; the middle entry stays.
 
     Where both entries of a pair are equal to the last bit, their difference is exactly 0, and stays
     so however such arrays are added up: then `unfold_mirrored` gives equal entries. Added up as
-    they are, in an order that depends on their place, they would differ by rounding, for which
-    `twohot_mean` has no pardon.
+    they are, in an order that depends on their place, they would differ by rounding, which
+    `twohot_mean` multiplies by up to 5e8.
 
     Args:
       x: numbers of which the last axis has a middle, such as gradients of two-hot logits.

@@ -118,7 +118,7 @@ def in_rows(kernel: Kernel, x: Float[Array, "*blocks inputs N"]) -> bool:
 
 
 def rowwise(x: Float[Array, "*blocks _ N"]) -> Float[Array, "*blocks _ N"]:
-    """`x`, of which the compiler computes rows: a CPU makes no vectors of few columns."""
+    """`x`, computed row by row: a CPU cannot vectorise over few columns."""
     return jax.lax.optimization_barrier(x.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 

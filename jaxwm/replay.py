@@ -9,7 +9,7 @@ New windows are trained on once before any other: each environment's rows are cu
 consecutive windows, which wait in a queue; the rest of a batch is uniform. The queue needs no
 storage, because all environments advance together: its content is a function of counters.
 With `context_every` k only the latent of every k-th row is stored, and windows begin there.
-Source: DreamerV3 (arXiv:2301.04104) and spec of its public code.
+Source: DreamerV3 (arXiv:2301.04104) and its public code.
 
 The rings lie on the device. `replay_host` keeps the same rings in numpy, in the host's memory;
 which windows are sampled (`Replay.choose`, `places`) and what is kept of a latent (`pack`) is said
@@ -38,9 +38,9 @@ class ReplayConfig:
       capacity: rows kept in all, over all environments.
       batch_size: windows B per update.
       batch_length: trained rows T per window.
-      train_ratio: rows trained on per environment step, rounded to a fraction of whole numbers up
-        to 1000 if it has decimals; updates per environment step are then train_ratio / (B * T),
-        kept exactly over a run. 0 collects and never learns.
+      train_ratio: rows trained on per environment step, as a fraction with a denominator of at most
+        1000; updates per environment step are then train_ratio / (B * T), kept exactly over a run.
+        0 collects and never learns.
       online: whether every new window is trained on once before the uniform ones.
       context_every: rows from one whose latent is stored to the next; windows begin at these. As
         in the reference 1; a larger divisor of `batch_length` saves memory.

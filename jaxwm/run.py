@@ -32,7 +32,8 @@ from jaxwm.recipes import RunConfig
 from jaxwm.report import SUMMARY, Summary, write_summary, write_versions
 from jaxwm.types import Env, HostEnv, JaxwmError, Key, Params, is_image
 
-# A dream is pictured over at most so many rows, the first few of which the model sees.
+# Pictured are at most so many rows, of which the model sees the first few: those of the longest
+# first episode among so many environments.
 _ROWS, _CONTEXT, _TRIES = 50, 5, 8
 # So often a run goes back to the same checkpoint, before it gives up.
 _ATTEMPTS = 3
@@ -317,8 +318,8 @@ def _lines(
     """The state at each line of metrics, with the line; used up by asking for the next.
 
     It may come before a line, at a fault of the environments, or at a signal, which is given too.
-    Whether the last line told what the state has summed up is `told`: the next begins anew then.
-    When the first update was made is added to `first_update`, if it is empty.
+    `told` says whether the last line has reported the sums in the state: the next then starts from
+    zero. The time of the first update is appended to `first_update`, if that is empty.
     """
     before = int(state.clock.updates)
     done, warm, pace = int(state.clock.iteration), program.replay.warmup, math.inf

@@ -128,7 +128,8 @@ class WorldModel(NamedTuple):
       imagine: `params, start (N,), policy, noise (H, N), policy noise (H, N) -> latents
         (H+1, N), actions (H, N), kept (H, N)` for a policy `features (N, F), noise -> action,
         kept`; row 0 is `start`, action i is drawn at latent i. The features are `products.halved`.
-      predict: `params, latents -> {obs key | "reward" | "continue": distribution}`.
+      predict: `params, latents, keys=None -> {obs key | "reward" | "continue": distribution}`,
+        of observations only if one of them is among `keys`.
       loss: `params, carry, steps, noise -> {name: loss (T, B)}, latents, metrics`.
       features: `latent -> (..., F)`, what heads read.
       split: `(..., F) -> latent`, the way back.

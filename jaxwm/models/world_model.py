@@ -151,7 +151,8 @@ def world_model(
       action_space: space of each action key.
 
     Raises:
-      JaxwmError: if images cannot be halved to 3..16 pixels or differ in size.
+      JaxwmError: if images cannot be halved to 3..16 pixels or differ in size, or the decoder's
+        blocks do not divide the channels of their last stage.
     """
     dtype, latent = config.dtype, config.latent
     stoch_size = latent.stoch * latent.classes
