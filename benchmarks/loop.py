@@ -103,7 +103,7 @@ def measure(run: Run, repeats: int) -> dict[str, Any]:
     return line | {
         "compile_seconds": run.compile_seconds,
         "temporary_bytes": run.chunk.temporary,
-        "replay_bytes": run.program.replay.nbytes * run.program.members,
+        "replay_bytes": run.program.replay.nbytes * run.program.layout.members,
     }
 
 

@@ -9,7 +9,6 @@ update needs beside it. Nothing is allocated, so sizes larger than the machine c
 import dataclasses
 import itertools
 import math
-import os
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from benchmarks.throughput import OBS, spaces
 from jaxwm import compiler
 from jaxwm.agent import AgentConfig, compute_dtype
 from jaxwm.recipes import dreamer_v3
-from jaxwm.replay import ReplayConfig, replay
+from jaxwm.replay import ReplayConfig, device_bytes, replay
 from jaxwm.types import zeros
 
 DTYPES = ("float32", "bfloat16")
@@ -30,12 +29,6 @@ DTYPES = ("float32", "bfloat16")
 def nbytes(tree: Any) -> int:
     """Bytes of arrays or of their shapes."""
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
-
-
-def device_bytes() -> int:
-    """The memory of the device, or of the machine where they are the same."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def row_bytes(config: AgentConfig, obs: str) -> dict[str, float]:

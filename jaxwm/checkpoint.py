@@ -39,8 +39,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from jaxwm import heap, manifest, mesh
-from jaxwm.config import differences, from_dict, read_json, require, to_dict
+from jaxwm import heap, log, manifest, mesh
+from jaxwm.config import differences, few, from_dict, read_json, require, to_dict
 from jaxwm.manifest import Damaged
 from jaxwm.recipes import RunConfig
 from jaxwm.types import JaxwmError, Params
@@ -49,7 +49,7 @@ CONFIG = "config.json"
 KEPT = 2
 # These may change from one part of a run to the next.
 FREE = ("steps", "eval_episodes", "log_every", "save_every", "host", "shard_params")
-_FOLDER = "checkpoints"
+FOLDER = "checkpoints"
 _BEST = "best-"
 # What a save that was ended leaves, in this version and the first; and all that is a checkpoint's.
 _LEFT_OVER = re.compile(r"\.[\w.-]+\.(saving|old)|\d+\.orbax-checkpoint-tmp.*")
@@ -64,7 +64,7 @@ _MOST_PIECES = 64  # of the replay's rows; beyond, they are written anew as one
 def steps(run: Path) -> list[int]:
     """The steps of a run's complete checkpoints, ascending; whether they are sound is not known."""
     try:
-        names = [x.name for x in (run / _FOLDER).iterdir() if x.is_dir()]
+        names = [x.name for x in (run / FOLDER).iterdir() if x.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(int(x) for x in names if x.isascii() and x.isdecimal())
@@ -77,7 +77,7 @@ def latest(run: Path) -> int:
       JaxwmError: if the run has none.
     """
     for step in reversed(steps(run)):
-        if not faults(run / _FOLDER / str(step)):
+        if not faults(run / FOLDER / str(step)):
             return step
     raise _none(run)
 
@@ -123,7 +123,7 @@ def check_config(run: Path, config: RunConfig, accept: bool = False) -> None:
       accept: whether any entry may differ.
     """
     for step in reversed(steps(run)):
-        folder = run / _FOLDER / str(step)
+        folder = run / FOLDER / str(step)
         with contextlib.suppress(Damaged):
             return _check_config(folder, _open(folder, ()), config, accept)
 
@@ -208,7 +208,7 @@ class Saver:
         self, run: Path, config: RunConfig, tell: Callable[[str], None], start: int | None = None
     ):
         self._run, self._config, self._tell = run, config, tell
-        self._folder = _whole(run / _FOLDER)
+        self._folder = _whole(run / FOLDER)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "saver")
         self._job: concurrent.futures.Future[None] | None = None
         self._anew = self._has_failed = False
@@ -380,7 +380,7 @@ class Saver:
                     known |= {x: y for x, y in before["files"].items() if x.startswith(f"{name}/")}
             sums = {name: x for name, x in sums.items() if (work / name).is_dir()}
             packed = {name: packed.get(name, []) for name in sums}
-        manifest.settle(self._run / "metrics.jsonl")  # no checkpoint is ahead of the metrics
+        manifest.settle(self._run / log.FILE)  # no checkpoint is ahead of the metrics
         manifest.seal(work, {**about, "sums": sums, "packed": packed}, known)
 
     def _remember_best(self, step: int, score: float | None) -> None:
@@ -440,7 +440,7 @@ def _silence() -> Callable[[], None]:
 def prune(run: Path) -> list[str]:
     """Removes the damaged and the unfinished checkpoints of a run; returns their names."""
     refuse_links(run)
-    folder, gone = run / _FOLDER, []
+    folder, gone = run / FOLDER, []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         bad = _LEFT_OVER.fullmatch(path.name) or ".damaged" in path.name
         if _OURS.fullmatch(path.name) and path.is_dir() and (bad or faults(path)):
@@ -451,7 +451,7 @@ def prune(run: Path) -> list[str]:
 
 def overview(run: Path) -> list[tuple[str, int, str]]:
     """Name, bytes and state ("sound", or what is wrong) of whatever a run has of checkpoints."""
-    folder, lines = run / _FOLDER, []
+    folder, lines = run / FOLDER, []
     names = [str(step) for step in steps(run)]
     others = sorted(x.name for x in folder.iterdir() if x.is_dir()) if folder.is_dir() else []
     for name in names + [x for x in others if x not in names]:
@@ -473,7 +473,7 @@ def _newest(
     best: bool = False,
 ) -> Any:
     """What `use` makes of the newest sound checkpoint, or of the best one."""
-    folder = run / _FOLDER
+    folder = run / FOLDER
     # Arrays are stored with little around them; rows of the replay perhaps twice.
     limit = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like)) + (1 << 26)
     there = [folder / str(step) for step in reversed(steps(run))]
@@ -492,7 +492,7 @@ def _newest(
 
 
 def _none(run: Path) -> JaxwmError:
-    there = [f"{run / _FOLDER / str(step)}" for step in steps(run)]
+    there = [f"{run / FOLDER / str(step)}" for step in steps(run)]
     if there:
         return JaxwmError(
             f"None of the checkpoints of the run {run} is sound ({', '.join(there)}). See `jaxwm "
@@ -607,7 +607,7 @@ def _check(
     if wrong:
         raise JaxwmError(
             f"The checkpoint {folder} is one of another configuration, or was made by another "
-            f"version or on another kind of device. {_few(wrong)}. Put {CONFIG} back as it was, or "
+            f"version or on another kind of device. {few(wrong)}. Put {CONFIG} back as it was, or "
             "start a new run in another folder."
         )
 
@@ -619,14 +619,10 @@ def _check_config(folder: Path, found: dict[str, Any], config: RunConfig, accept
     wrong = [] if accept else differences(config, same)
     if wrong:
         raise JaxwmError(
-            f"The checkpoint {folder} is one of another configuration. {_few(wrong)}. Put {CONFIG} "
+            f"The checkpoint {folder} is one of another configuration. {few(wrong)}. Put {CONFIG} "
             "back as it was, go on with --accept-changes if they are meant, or start a new run in "
             "another folder."
         )
-
-
-def _few(lines: list[str]) -> str:
-    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
 
 
 def _configured(data: Any) -> RunConfig:

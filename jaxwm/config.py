@@ -27,22 +27,18 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def write(config: Any, path: Path) -> None:
-    """Writes a dataclass as JSON; whoever reads the file finds all of it, or what was there."""
+    """Writes a dataclass as JSON, see `replace_file`."""
+    replace_file(path, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file in one move: a reader, or a kill, finds all of the new one or the old one."""
     fresh = path.with_suffix(".tmp")
     with fresh.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(to_dict(config), indent=2) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)
-
-
-def read(cls: type[T], path: Path) -> T:
-    """Reads what `write` wrote.
-
-    Raises:
-      JaxwmError: if the file is not there, is not JSON, or does not describe a `cls`.
-    """
-    return from_dict(cls, read_json(path))
 
 
 def read_json(path: Path, limit: int = 1 << 20) -> Any:
@@ -145,6 +141,11 @@ def require(condition: bool, message: str) -> None:
     """Raises a `JaxwmError` with `message` unless `condition` holds."""
     if not condition:
         raise JaxwmError(message)
+
+
+def few(lines: list[str]) -> str:
+    """The first three, and how many more there are."""
+    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
 
 
 def at_least(config: Any, minimum: float, *names: str) -> None:

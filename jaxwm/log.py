@@ -18,7 +18,6 @@ written later.
 
 import collections
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,9 +28,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from jaxwm.config import replace_file
 from jaxwm.types import JaxwmError
 
-_FILE = "metrics.jsonl"
+FILE = "metrics.jsonl"
 _PAUSE = 3.0  # seconds between two plain lines
 
 
@@ -70,7 +70,7 @@ class Logger:
         clock: Callable[[], float] = time.monotonic,
     ):
         folder.mkdir(parents=True, exist_ok=True)
-        path = self._path = folder / _FILE
+        path = self._path = folder / FILE
         kept = []
         if resume_step is not None:
             kept = _drop_after(path, resume_step)
@@ -230,11 +230,11 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     Raises:
       JaxwmError: if there is no such file, or a line before the last is not JSON.
     """
-    path = run_folder / _FILE
+    path = run_folder / FILE
     try:
         raw = path.read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
-        raise JaxwmError(f"{run_folder} is not the folder of a run: it has no {_FILE}.") from None
+        raise JaxwmError(f"{run_folder} is not the folder of a run: it has no {FILE}.") from None
     lines = [(number, line) for number, line in enumerate(raw, start=1) if line.strip()]
     read = []
     for number, line in lines:
@@ -254,13 +254,7 @@ def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
-    # A new file takes the old one's place in one move: a kill here leaves either, never a mix.
-    fresh = path.with_suffix(".tmp")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 

@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxwm.config import positive, require
 from jaxwm.types import Array, Int, JaxwmError, Key, Latent, Step
 
 
@@ -57,30 +58,24 @@ class ReplayConfig:
     place: Literal["device", "host"] = "device"
 
     def __post_init__(self):
-        names = ("capacity", "batch_size", "batch_length", "context_every")
-        for name in names:
-            value = getattr(self, name)
-            if not value > 0:
-                raise JaxwmError(f"The replay's {name} is {value}; it must be positive.")
-        if not self.train_ratio <= 1e6:
-            raise JaxwmError(
-                f"The replay's train_ratio is {self.train_ratio}; it must be at most 1e6."
-            )
-        if self.train_ratio < 1e-3 and self.train_ratio != 0:
-            raise JaxwmError(
-                f"The replay's train_ratio is {self.train_ratio}; it must be positive, at least "
-                "0.001, or 0 to collect and never learn."
-            )
-        if self.batch_length < 2:
-            raise JaxwmError(
-                "The replay's batch_length is 1; it must be at least 2, for in a window of one row "
-                "no step follows to learn from."
-            )
-        if self.batch_length % self.context_every:
-            raise JaxwmError(
-                f"The replay's context_every is {self.context_every}, which does not divide its "
-                f"batch_length of {self.batch_length}. Choose a divisor."
-            )
+        positive(self, "capacity", "batch_size", "batch_length", "context_every")
+        ratio = self.train_ratio
+        require(ratio <= 1e6, f"The replay's train_ratio is {ratio}; it must be at most 1e6.")
+        require(
+            ratio == 0 or ratio >= 1e-3,
+            f"The replay's train_ratio is {ratio}; it must be positive, at least 0.001, or 0 to "
+            "collect and never learn.",
+        )
+        require(
+            self.batch_length >= 2,
+            "The replay's batch_length is 1; it must be at least 2, for in a window of one row no "
+            "step follows to learn from.",
+        )
+        require(
+            self.batch_length % self.context_every == 0,
+            f"The replay's context_every is {self.context_every}, which does not divide its "
+            f"batch_length of {self.batch_length}. Choose a divisor.",
+        )
 
     def updates_per_iteration(self, envs: int) -> Fraction:
         """Updates that one step of each of `envs` environments earns, as an exact fraction."""

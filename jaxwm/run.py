@@ -26,7 +26,7 @@ from jaxwm.agent import Agent
 from jaxwm.config import require
 from jaxwm.envs.host import Pool, resident_bytes
 from jaxwm.evaluate import rollout
-from jaxwm.log import Logger, read_metrics
+from jaxwm.log import FILE, Logger, read_metrics
 from jaxwm.policy import apart, trained
 from jaxwm.recipes import RunConfig
 from jaxwm.report import SUMMARY, Summary, write_summary, write_versions
@@ -477,7 +477,7 @@ def evaluation_lines(
 def diverged(folder: Path, config: RunConfig) -> np.ndarray:
     """Which members (M,) of a run learned no more at its end, by its metrics if it has any."""
     none = np.zeros(config.members, bool)
-    if config.on_divergence != "abort" or not (folder / "metrics.jsonl").exists():
+    if config.on_divergence != "abort" or not (folder / FILE).exists():
         return none
     last = read_metrics(folder)[-config.members :]
     if len(last) < config.members:
@@ -567,7 +567,7 @@ def _refuse_used(folder: Path) -> None:
         not folder.exists() or folder.is_dir(),
         f"{folder} is a file; a run needs a folder. Give another one with --run.",
     )
-    used = [x for x in (checkpoint.CONFIG, "metrics.jsonl", "checkpoints") if (folder / x).exists()]
+    used = [x for x in (checkpoint.CONFIG, FILE, checkpoint.FOLDER) if (folder / x).exists()]
     require(
         not used,
         f"{folder} already holds a run ({', '.join(used)}). Go on with it: `jaxwm resume "

@@ -137,8 +137,8 @@ class Program(NamedTuple):
       fault: `TrainState -> str | None`, what the environments did wrong, if it ends the run.
       close: lets go of simulators.
       iterations: iterations between two lines of metrics.
-      members: number of members; with more than one every leaf but the clock leads with them.
-      layout: which devices hold what; with more than one shard, what is in `LEADS` leads with them.
+      layout: which devices hold what; with more than one member every leaf but the clock leads with
+        them, with more than one shard what is in `LEADS` with those.
     """
 
     env: Env | HostEnv
@@ -153,7 +153,6 @@ class Program(NamedTuple):
     fault: Callable[[TrainState], str | None]
     close: Callable[[], None]
     iterations: int
-    members: int
     layout: mesh.Layout
 
 
@@ -291,6 +290,7 @@ def beginning(
         env_state, row = reset(key_env)
         buffer, cursor = memory.init()
         zero = jnp.zeros((), jnp.int32)
+        each, none = jnp.zeros((config.envs,)), jnp.zeros(())
         return TrainState(
             key=key_run,
             values=values,
@@ -299,8 +299,8 @@ def beginning(
             row=row,
             carry=agent.initial(config.envs),
             buffer=buffer,
-            episodes=Episodes(*(jnp.zeros((config.envs,)) for _ in range(2)), *_zeros(3)),
-            account=Account(jnp.zeros(()), _no_sums(agent, memory, agent_state)),
+            episodes=Episodes(each, each, none, none, none),
+            account=Account(none, _no_sums(agent, memory, agent_state)),
             health=Health(zero, zero, zero),
             clock=Clock(zero, zero, zero, cursor),
         )
@@ -403,7 +403,6 @@ def _on_device(
         fault=fault,
         close=lambda: None,
         iterations=count,
-        members=config.members,
         layout=layout,
     )
 
@@ -418,10 +417,6 @@ def temporary_bytes(compiled: Any) -> int:
 
 
 SUMS = ("ended", "sum_return", "sum_length")
-
-
-def _zeros(count: int) -> list[Array]:
-    return [jnp.zeros(()) for _ in range(count)]
 
 
 def _no_sums(agent: Agent, memory: Replay, state: AgentState) -> Metrics:

@@ -198,7 +198,6 @@ def on_host(
         fault=lambda state: opened[0].failure if opened else None,
         close=close,
         iterations=count,
-        members=config.members,
         layout=layout,
     )
 

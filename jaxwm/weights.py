@@ -27,7 +27,7 @@ import safetensors.numpy
 from jaxwm import checkpoint, train
 from jaxwm import config as configs
 from jaxwm.agent import make_agent
-from jaxwm.config import require
+from jaxwm.config import few, require
 from jaxwm.recipes import RunConfig
 from jaxwm.types import Env, HostEnv, JaxwmError, Params
 
@@ -245,9 +245,8 @@ def _compare(path: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
         if there.get(name) != wanted.get(name)
     ]
     if wrong:
-        shown = "; ".join(text[:200] for text in wrong[:3])
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        shown = few([text[:200] for text in wrong])
         raise JaxwmError(
-            f"The tensors of {path} are not those of its {checkpoint.CONFIG}: {shown}{more}. It "
+            f"The tensors of {path} are not those of its {checkpoint.CONFIG}: {shown}. It "
             "was made by another version of jaxwm, or was changed."
         )

@@ -55,7 +55,7 @@ def test_every_preset_is_a_run_whose_parts_can_be_overridden(preset, tmp_path):
     assert (other.env, other.size, other.variant) == ("toy/Memory", "debug", "paper")
     assert other.agent.model == dreamer_v3.agent("debug", "paper").model
     configs.write(run, tmp_path / "config.json")
-    assert configs.read(RunConfig, tmp_path / "config.json") == run
+    assert configs.from_dict(RunConfig, configs.read_json(tmp_path / "config.json")) == run
 
 
 def test_code_and_paper_differ_as_the_recipe_says():

@@ -107,7 +107,7 @@ def test_a_program_is_traced_once(config, monkeypatch):
 def test_the_replay_is_never_copied(request, name):
     program, compiled = request.getfixturevalue(name)
     memory = compiled.function.memory_analysis()
-    size = program.replay.nbytes * program.members
+    size = program.replay.nbytes * program.layout.members
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < size / 2
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < size / 2

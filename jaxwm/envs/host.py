@@ -198,7 +198,7 @@ class Pool:
         import cloudpickle
 
         self.env, self.count, self.config = env, count, config
-        self.faults: dict[str, int] = {kind: 0 for kind in KINDS}
+        self.faults: dict[str, int] = dict.fromkeys(KINDS, 0)
         self.failure: str | None = None
         self.examples: dict[str, Fault] = {}
         self._recipe = cloudpickle.dumps(env)
@@ -293,23 +293,23 @@ class Pool:
         flags = (is_first, now.is_last.copy(), now.is_terminal.copy())
         return Step(whole, obs, now.reward.copy(), *flags)  # type: ignore
 
-    def _start(self, worker: "_Worker") -> None:
+    def _start(self, worker: _Worker) -> None:
         (seed,) = self._seeds.spawn(1)
         self._begins(worker)
         worker.start(self._recipe, self._file, self.count, int(seed.generate_state(1)[0]))
 
-    def _begins(self, worker: "_Worker") -> None:
+    def _begins(self, worker: _Worker) -> None:
         """Notes that it begins with its simulators, from the first one on."""
         self._views.current[worker.first] = 0
         self._waiting.add(worker)
         self._allow(worker, 0)
 
-    def _allow(self, worker: "_Worker", simulator: int) -> None:
+    def _allow(self, worker: _Worker, simulator: int) -> None:
         """Gives it the time to make a simulator and begin an episode in it."""
         worker.beginning = simulator
         worker.deadline = time.monotonic() + _START_SECONDS + self.config.timeout
 
-    def _is_hung(self, worker: "_Worker") -> bool:
+    def _is_hung(self, worker: _Worker) -> bool:
         """Whether it is late; one that begins with one simulator after the other is not."""
         if worker.deadline > time.monotonic():
             return False
@@ -340,7 +340,7 @@ class Pool:
             for worker in [w for w in self._waiting if self._is_hung(w)]:
                 self._replace(worker, "hung", worker.hung_where(), first)
 
-    def _replace(self, worker: "_Worker", kind: str, text: str, first: bool) -> None:
+    def _replace(self, worker: _Worker, kind: str, text: str, first: bool) -> None:
         """Counts the fault and starts the worker anew; its other simulators begin again too."""
         index = int(self._views.current[worker.first])
         worker.end(gently=False)

@@ -20,7 +20,7 @@ import numpy as np
 from jax import custom_batching, lax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from jaxwm.types import Box, Env, JaxwmError, Key, Space, Step, nearest, zeros
+from jaxwm.types import Box, Env, JaxwmError, Key, Space, Step, as_dict, nearest, zeros
 
 
 class BatchState(NamedTuple):
@@ -333,8 +333,7 @@ def normalize_action(env: Env) -> Env:
       JaxwmError: if a `Box` action has an infinite bound.
     """
     inner = env.action_space
-    named = inner if isinstance(inner, dict) else {"action": inner}
-    for name, space in named.items():
+    for name, space in as_dict(inner).items():
         if isinstance(space, Box) and not np.isfinite([*bounds(space)]).all():
             raise JaxwmError(
                 f"Action {name!r} of {env.name} has an infinite bound (low {space.low}, high "

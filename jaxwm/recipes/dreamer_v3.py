@@ -182,16 +182,16 @@ def config(
     if preset == "catch":
         # Episodes last nine steps: short dreams and windows.
         base = _short(base, env or "gymnax/Catch-bsuite", steps=8_000, train_ratio=64)
-        return _see(base, 5.0)
+        return _weigh_observations(base, 5.0)
     if preset == "pendulum":
         env = env or "brax/inverted_pendulum"
         base = dataclasses.replace(base, env=env, steps=20_000, action_repeat=2)
     if preset == "cartpole":
         # Once the pole stands, returns differ by little of their spread: a larger pull towards
         # random actions would let the cart drift away.
-        base = _decide(base, 3e-5)
+        base = _weigh_entropy(base, 3e-5)
     # A long balance needs a policy at rest.
-    return anneal(_see(base, 10.0))
+    return anneal(_weigh_observations(base, 10.0))
 
 
 def _of_domain(domain: Domain, env: str | None, size: str | None, variant: str) -> RunConfig:
@@ -210,13 +210,13 @@ def _of_domain(domain: Domain, env: str | None, size: str | None, variant: str) 
     )
 
 
-def _see(config: RunConfig, weight: float) -> RunConfig:
+def _weigh_observations(config: RunConfig, weight: float) -> RunConfig:
     """A run with another weight on the reconstruction of observations."""
     weights = dataclasses.replace(config.agent.weights, rec=weight)
     return dataclasses.replace(config, agent=dataclasses.replace(config.agent, weights=weights))
 
 
-def _decide(config: RunConfig, entropy: float) -> RunConfig:
+def _weigh_entropy(config: RunConfig, entropy: float) -> RunConfig:
     """A run with another weight on the entropy of the policy."""
     behavior = dataclasses.replace(config.agent.behavior, entropy=entropy)
     return dataclasses.replace(config, agent=dataclasses.replace(config.agent, behavior=behavior))
