@@ -76,7 +76,8 @@ def run(
     begun = time.monotonic()
     folder = folder or default_folder(config)
     mesh.use_cores(config)
-    if jax.process_index() == 0:
+    first = jax.process_index() == 0
+    if first:
         lock.check(folder)
     if resume:
         _check_resumable(folder, config, accept)
@@ -90,7 +91,6 @@ def run(
         f"(log_every, in whole iterations of {config.envs} environments). Raise --steps or lower "
         "--log-every.",
     )
-    first = jax.process_index() == 0
     console = _Console(quiet=quiet or not first, highlight=False, markup=False, soft_wrap=True)
     mesh.wait("checked")  # before the first process writes into the folder
     with _disk_in_words(folder), lock.hold(folder) if first else contextlib.nullcontext():
@@ -101,30 +101,43 @@ def run(
             made = _train(program, config, folder, resume, accept, tensorboard, console)
         finally:
             program.close()
-        env, members = train.make_env(config), apart(made.params, config.members)
-        console.print("Trained. Evaluating, and drawing curve and dream.")
-        returns = evaluate(program.agent_of, env, members, config, config.eval_episodes)
-        lines = evaluation_lines(returns, config, made.stopped) if returns.size else []
-        for line in lines:
-            console.print(line)
-        seconds = read_metrics(folder)[-1]["time"] if first else math.nan
-        summary = Summary(
-            folder,
-            made.step,
-            made.updates,
-            returns,
-            seconds,
-            made.compile_seconds,
-            made.first_update - begun,
-        )
-        if not first:
-            return summary
-        shown = int(np.argmin(made.stopped))  # the first member that has not diverged
-        drawn = program.agent_of(sweep.settings(config)[shown // config.seeds])
-        pictures = draw(folder, drawn, env, members[shown], config)
-        write_summary(config, summary, lines, pictures, program.replay.nbytes * config.shards)
-        console.print(f"The summary is in {folder / SUMMARY}.")
+        return _conclude(program, config, folder, made, made.first_update - begun, console)
+
+
+def _conclude(
+    program: train.Program,
+    config: RunConfig,
+    folder: Path,
+    made: "_Trained",
+    first_update_seconds: float,
+    console: Console,
+) -> Summary:
+    """Evaluates a trained run; the first process also draws its pictures and writes its summary."""
+    first = jax.process_index() == 0
+    env, members = train.make_env(config), apart(made.params, config.members)
+    console.print("Trained. Evaluating, and drawing curve and dream.")
+    returns = evaluate(program.agent_of, env, members, config, config.eval_episodes)
+    lines = evaluation_lines(returns, config, made.stopped) if returns.size else []
+    for line in lines:
+        console.print(line)
+    seconds = read_metrics(folder)[-1]["time"] if first else math.nan
+    summary = Summary(
+        folder,
+        made.step,
+        made.updates,
+        returns,
+        seconds,
+        made.compile_seconds,
+        first_update_seconds,
+    )
+    if not first:
         return summary
+    shown = int(np.argmin(made.stopped))  # the first member that has not diverged
+    agent = program.agent_of(sweep.settings(config)[shown // config.seeds])
+    pictures = draw(folder, agent, env, members[shown], config)
+    write_summary(config, summary, lines, pictures, program.replay.nbytes * config.shards)
+    console.print(f"The summary is in {folder / SUMMARY}.")
+    return summary
 
 
 @contextlib.contextmanager
@@ -181,27 +194,22 @@ def _train(
     console.print(f"Compiled in {compile_seconds:.1f} s. {memory.line(used)}")
     if step:
         console.print(f"Going on from step {step:,}, after {updates:,} updates.")
-    logs: Any = contextlib.nullcontext()
-    if jax.process_index() == 0:
-        configs.write(config, folder / checkpoint.CONFIG)
-        write_versions(folder)
-        settings = sweep.labels(config) if config.sweep else []
-        start_step = step if resume else None
-        logs = Logger(
-            folder, config.steps, config.seeds, settings, tensorboard, console, start_step
-        )
     stopped, attempts, returns = _stopped(state, config), 0, (0.0, 0.0)
     for name in itertools.compress(_names(config), stopped):
         console.print(f"The training of {name} had diverged. It learns no more; the others go on.")
     first_update: list[float] = []
     with (
         memory.in_words(used),
-        logs as logger,
+        _logger(folder, config, tensorboard, console, step if resume else None) as logger,
         checkpoint.Saver(folder, config, console.print, step) as saver,
         stop.asked() as signals,
     ):
-        told = mesh.agree(int(logger is not None and logger.last_step == step))
-        lines = _lines(program, chunk, state, bool(told), signals, first_update)
+
+        def lines_from(state: train.TrainState, step: int) -> Iterator[_Line]:
+            told = bool(mesh.agree(int(logger is not None and logger.last_step == step)))
+            return _lines(program, chunk, state, told, signals, first_update)
+
+        lines = lines_from(state, step)
         while step < config.steps:
             before = step
             state, metrics, asked = next(lines)
@@ -220,19 +228,14 @@ def _train(
                 saver.rewind(step)
                 if logger is not None:
                     logger.rewind(step)
-                told = mesh.agree(int(logger is not None and logger.last_step == step))
-                lines = _lines(program, chunk, state, bool(told), signals, first_update)
-                returns = (0.0, 0.0)
+                lines, returns = lines_from(state, step), (0.0, 0.0)
                 continue
             stopped = _tell_stopped(state, metrics, stopped, config, console)
-            capacity = config.replay.rows_per_env(config.envs)
-            metrics["replay/size"] = min(step, capacity * config.envs)
-            metrics["memory/process"] = resident_bytes()
             # Metrics first: resuming drops the lines after the checkpoint, and adds none twice.
             if step % (program.iterations * config.envs) == 0:
                 returns = _add_returns(returns, metrics)
                 if logger is not None:
-                    logger.write(step, updates, metrics)
+                    logger.write(step, updates, metrics | _sizes(step, config))
             due = step // config.save_every > before // config.save_every
             if due or asked or step >= config.steps:
                 if mesh.agree(int(logger is None or logger.flush())):
@@ -257,6 +260,28 @@ def _train(
     params = state.agent.params if program.layout.single else mesh.fetch(state.agent.params)
     moment = first_update[0] if first_update else math.nan
     return _Trained(params, stopped, step, updates, compile_seconds, moment)
+
+
+def _logger(
+    folder: Path,
+    config: RunConfig,
+    tensorboard: bool,
+    console: Console,
+    resume_step: int | None,
+) -> contextlib.AbstractContextManager[Logger | None]:
+    """The run's logger, beside its configuration and versions; None but in the first process."""
+    if jax.process_index() > 0:
+        return contextlib.nullcontext()
+    configs.write(config, folder / checkpoint.CONFIG)
+    write_versions(folder)
+    settings = sweep.labels(config) if config.sweep else []
+    return Logger(folder, config.steps, config.seeds, settings, tensorboard, console, resume_step)
+
+
+def _sizes(step: int, config: RunConfig) -> dict[str, int]:
+    """Metrics of what the run holds: rows in the replay, bytes of the process."""
+    capacity = config.replay.rows_per_env(config.envs) * config.envs
+    return {"replay/size": min(step, capacity), "memory/process": resident_bytes()}
 
 
 def _state(
@@ -302,6 +327,8 @@ def _add_returns(sums: tuple[float, float], metrics: dict[str, Any]) -> tuple[fl
     return sums[0] + float(total.sum()), sums[1] + float(count.sum())
 
 
+# A state, its line of metrics, and the signal that was given, or 0.
+_Line = tuple[train.TrainState, dict[str, Any], int]
 # A dispatch lasts about so many seconds: long enough that asking for it costs nothing, and short
 # enough that a run answers soon.
 _DISPATCH = 2.0
@@ -314,7 +341,7 @@ def _lines(
     told: bool,
     signals: list[int],
     first_update: list[float],
-) -> Iterator[tuple[train.TrainState, dict[str, Any], int]]:
+) -> Iterator[_Line]:
     """The state at each line of metrics, with the line; used up by asking for the next.
 
     It may come before a line, at a fault of the environments, or at a signal, which is given too.
@@ -389,6 +416,7 @@ def evaluate_run(folder: Path, episodes: int, seed: int | None = None) -> np.nda
     return evaluate(train.agents(config, env), env, members, config, episodes, seed)
 
 
+@memory.in_words(lower="the number of episodes (--eval-episodes; of eval --episodes)")
 def evaluate(
     agent_of: Callable[[dict[str, Any]], Agent],
     env: Env | HostEnv,
@@ -412,34 +440,21 @@ def evaluate(
     """
     if episodes == 0:
         return np.zeros((len(members), 0), np.float32)
-    with memory.in_words(lower="the number of episodes (--eval-episodes; of eval --episodes)"):
-        return _evaluate(agent_of, env, members, config, episodes, seed)
-
-
-def _evaluate(
-    agent_of: Callable[[dict[str, Any]], Agent],
-    env: Env | HostEnv,
-    members: list[Params],
-    config: RunConfig,
-    episodes: int,
-    seed: int | None,
-) -> np.ndarray:
     key = jax.random.fold_in(jax.random.key(config.seed if seed is None else seed), _EVALUATION)
     keys = [jax.random.fold_in(key, i) for i in range(len(members))]
-    settings = [x for x in sweep.settings(config) for _ in range(config.seeds)]
-    each = list(zip(settings, members, keys, strict=True))
+    settings = sweep.settings(config)
     if isinstance(env, HostEnv):
         with _pool(env, min(episodes, config.envs), config, key) as pool:
-            players = {
-                str(x): rollout.host_evaluator(agent_of(x), pool, episodes)
-                for x in sweep.settings(config)
-            }
-            return np.stack([players[str(values)](params, k) for values, params, k in each])
+            players = [rollout.host_evaluator(agent_of(x), pool, episodes) for x in settings]
+            each = [player for player in players for _ in range(config.seeds)]
+            return np.stack([play(*x) for play, *x in zip(each, members, keys, strict=True)])
 
+    @jax.jit
     def play(values: dict[str, Any], params: Params, key: Key) -> Any:
         return rollout.evaluate(agent_of(values), params, env, episodes, key)
 
-    returns = np.stack([np.asarray(x) for x in itertools.starmap(jax.jit(play), each)])
+    each = [values for values in settings for _ in range(config.seeds)]
+    returns = np.stack([np.asarray(play(*x)) for x in zip(each, members, keys, strict=True)])
     require(
         bool(np.isfinite(returns).all()),
         f"{env.name} gave a NaN or an infinity in the evaluation. Look for a division by zero or "
