@@ -214,7 +214,7 @@ def main() -> None:
     shards = range(1, cores() + 1)
     divide = [x for x in shards if args.batch % x == 0 and args.envs % x == 0]
     args.shards = args.shards or max(divide)
-    ours = [name for name in OURS if name == "jaxwm" or compiler.has_halves()]
+    ours = [name for name in OURS if name == "jaxwm" or compiler.has_bfloat16()]
     pythons: dict[str, Path | str] = dict.fromkeys(ours, sys.executable)
     absent: dict[str, dict[str, Any]] = {}
     for peer in [*args.peers, *(["reference"] if args.reference else [])]:

@@ -127,7 +127,7 @@ def work(config: AgentConfig, obs: str, batch: int, length: int, shapes: bool) -
 
 def updating(config: RunConfig, obs: str) -> Callable[[], Any]:
     """One update at each call, in place and divided among shards as in training."""
-    layout, batch = mesh.layout(config), mesh.part(config).replay.batch_size
+    layout, batch = mesh.layout(config), mesh.shard_config(config).replay.batch_size
     shards = mesh.shards_of(layout)
     agent = make_agent(config.agent, *spaces(obs), shards)
     one = work(config.agent, obs, batch, config.replay.batch_length, shapes=False)

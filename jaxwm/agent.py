@@ -169,8 +169,10 @@ def make_agent(
     model_config = dataclasses.replace(config.model, dtype=dtype)
     model = world_model(model_config, obs_space, as_dict(action_space))
     feature_size = jax.eval_shape(lambda: model.features(model.initial(1))).shape[-1]
-    behavior = actor_critic(config.behavior, action_space, model, feature_size, dtype, shards.every)
-    squares = lambda tree: shards.parts(square_sums(tree))  # noqa: E731
+    behavior = actor_critic(
+        config.behavior, action_space, model, feature_size, dtype, shards.all_gather
+    )
+    squares = lambda tree: shards.sum_parts(square_sums(tree))  # noqa: E731
     optimizer = laprop(**dataclasses.asdict(config.optim), square_sums=squares)
     slow = slow_copy(config.slow_rate)
 
@@ -179,11 +181,11 @@ def make_agent(
         params = {"model": model.init(key_model), "behavior": behavior.init(key_behavior)}
         slow_value = slow.init({"value": params["behavior"]["value"]})
         state = AgentState(params, slow_value, optimizer.init(params), behavior.initial())
-        return shards.part(state)
+        return shards.slice(state)
 
     def act(params: Params, carry: Latent, row: Step, key: Key) -> tuple[Latent, Action]:
         key_latent, key_action = jax.random.split(key)
-        params = shards.params(params)
+        params = shards.gather_params(params)
         batch = row.is_first.shape
         one = jax.tree.map(lambda x: x[None], row)
         draws = model.noise(key_latent, (1, *batch))
@@ -226,7 +228,8 @@ def make_agent(
         state: AgentState, carry: Latent, steps: Step, key: Key
     ) -> tuple[AgentState, Latent, Metrics]:
         draws = noise(key, *steps.is_first.shape)
-        params, slow_params = shards.params(state.params), shards.slow(state.slow.params)
+        params = shards.gather_params(state.params)
+        slow_params = shards.gather_slow(state.slow.params)
         grads, report = jax.grad(loss, has_aux=True)(
             params, slow_params, state.behavior, carry, steps, draws
         )

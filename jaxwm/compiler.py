@@ -45,15 +45,15 @@ def jit(function: Callable[..., Any], **settings: Any) -> Any:
     return jax.jit(function, compiler_options=options(), **settings)
 
 
-def halves() -> bool:
+def rounds_factors() -> bool:
     """Whether the factors of products are to be rounded to bfloat16, and the CPU can gain by it."""
     config: Any = jax.config
     asked = config.jax_default_matmul_precision in ("bfloat16", "BF16_BF16_F32")
-    return asked and jax.default_backend() == "cpu" and has_halves()
+    return asked and jax.default_backend() == "cpu" and has_bfloat16()
 
 
 @functools.cache
-def has_halves(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the CPU multiplies bfloat16 faster than float32; known on Linux only.
 
     An instruction of AVX512-BF16 does twice the work of one of float32, but Intel's cores begin one
@@ -73,7 +73,7 @@ def options() -> dict[str, str]:
     config: Any = jax.config
     if config.jax_enable_compilation_cache and config.jax_compilation_cache_dir:
         wanted.pop(PIECES, None)
-    if halves():
+    if rounds_factors():
         wanted[LIBRARY] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
     named = os.environ.get("XLA_FLAGS", "")
     return {x: value for x, value in wanted.items() if x not in named and _known(x, value)}

@@ -50,13 +50,13 @@ class Layout(NamedTuple):
       mesh: the devices in use, with the axes "members" and "data".
       members: members in all.
       shards: shards of each member.
-      parts: whether each device holds only a part of parameters and optimiser.
+      shard_params: whether each device holds only a part of parameters and optimiser.
     """
 
     mesh: Mesh
     members: int
     shards: int
-    parts: bool
+    shard_params: bool
 
     @property
     def single(self) -> bool:
@@ -126,7 +126,7 @@ def use_cores(config: RunConfig) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-def part(config: RunConfig) -> RunConfig:
+def shard_config(config: RunConfig) -> RunConfig:
     """The configuration of a single shard: its environments, its replay, its part of the batch."""
     count = config.shards
     memory = dataclasses.replace(
@@ -151,7 +151,7 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
     here = (SHARDS,) * (layout.shards_here > 1)
     across = (DATA, *here)
 
-    def every(x: Any) -> Any:
+    def all_gather(x: Any) -> Any:
         for axis in reversed(across):
             x = jax.lax.all_gather(x, axis)
         return x
@@ -163,13 +163,13 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
         own=lambda key: jax.random.fold_in(key, jax.lax.axis_index(across)),
         mean=mean_in_any_order,
         total=lambda tree: jax.lax.psum(tree, across),
-        every=every,
+        all_gather=all_gather,
     )
     if whole is None:
         return shards
     count = layout.mesh.shape[DATA]
 
-    def part(x: Any) -> Any:
+    def own_slice(x: Any) -> Any:
         axis = _cut(x.shape, count)
         if axis is None:
             return x
@@ -191,10 +191,10 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
 
     return shards._replace(
         mean=lambda tree: jax.tree.map(mean, tree),
-        part=lambda state: jax.tree.map(part, state),
-        params=lambda tree: jax.tree.map(join, tree, whole.params),
-        slow=lambda tree: jax.tree.map(join, tree, whole.slow.params),
-        parts=lambda numbers: jax.tree.map(total, numbers, whole.params),
+        slice=lambda state: jax.tree.map(own_slice, state),
+        gather_params=lambda tree: jax.tree.map(join, tree, whole.params),
+        gather_slow=lambda tree: jax.tree.map(join, tree, whole.slow.params),
+        sum_parts=lambda numbers: jax.tree.map(total, numbers, whole.params),
     )
 
 

@@ -1,7 +1,7 @@
 """Matrix products whose gradients are as fast on CPUs as they are themselves.
 
 `product` is of rows, the batch first. `columns` is of features first, as the recurrent core has
-them, with a kernel that was laid out before the loop. `halved` and `recall` are for factors and
+them, with a kernel that was laid out before the loop. `rounded` and `recall` are for factors and
 products that are kept.
 """
 
@@ -19,33 +19,33 @@ from jaxwm.types import Array, Float
 def multiply(left: Array, right: Array, dtype: Any = None) -> Array:
     """`left @ right`, as `dtype` if one is given.
 
-    Where `compiler.halves` says so, the factors are rounded to bfloat16 and summed in float32.
+    Where `compiler.rounds_factors` says so, factors are rounded to bfloat16, summed in float32.
     """
     dtype = dtype or jnp.result_type(left, right)
-    if not compiler.halves():
+    if not compiler.rounds_factors():
         return jnp.matmul(left, right, preferred_element_type=dtype)
-    left, right = _half(left), _half(right)
+    left, right = _as_bfloat16(left), _as_bfloat16(right)
     product = jnp.matmul(left, right, precision="default", preferred_element_type=jnp.float32)
-    # Of a product behind a barrier no other order is made: XLA would not multiply halves then.
+    # Of a product behind a barrier no other order is made: XLA would not multiply bfloat16 then.
     return jax.lax.optimization_barrier(product).astype(dtype)
 
 
-def halved(x: Array) -> Array:
-    """`x` as `multiply` reads it: where products are of halves, the bits (uint16) of its half.
+def rounded(x: Array) -> Array:
+    """`x` as `multiply` reads it: where factors are rounded, the bits (uint16) of its bfloat16.
 
     For what is kept to be multiplied only. It is rounded to bfloat16, halfway cases away from zero,
     and has no derivative.
     """
-    if not compiler.halves() or x.dtype == jnp.uint16:
+    if not compiler.rounds_factors() or x.dtype == jnp.uint16:
         return x
     # For a plain conversion LLVM makes vectors half as long, of what is fused with it too.
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     return ((bits + jnp.uint32(0x8000)) >> 16).astype(jnp.uint16)
 
 
-def _half(x: Array) -> Array:
-    # XLA on a CPU multiplies only halves that are not turned, and a row is no other's transpose.
-    row = jax.lax.optimization_barrier(halved(x).ravel())
+def _as_bfloat16(x: Array) -> Array:
+    # XLA on a CPU multiplies bfloat16 only as it lies in memory, and a row is no other's transpose.
+    row = jax.lax.optimization_barrier(rounded(x).ravel())
     return jax.lax.bitcast_convert_type(row, jnp.bfloat16).reshape(x.shape)
 
 
@@ -184,7 +184,7 @@ def _product_backward(saved, grad):
         grad_kernel = jax.lax.optimization_barrier(multiply(grads.T, rows, kernel.dtype)).T
     else:
         grad_kernel = multiply(rows.T, grads, kernel.dtype)
-    # What `halved` has made is not learned from.
+    # What `rounded` has made is not learned from.
     grad_x = None if x.dtype == jnp.uint16 else multiply(grad, kernel.T, x.dtype)
     return grad_x, grad_kernel
 
@@ -211,5 +211,5 @@ recall.defvjp(
 
 
 def factor(x: Array, dtype: str) -> Array:
-    """`x` as `product` takes it: in the compute type, or as `halved` has it."""
+    """`x` as `product` takes it: in the compute type, or as `rounded` has it."""
     return x if x.dtype == jnp.uint16 else x.astype(dtype)

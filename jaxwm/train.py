@@ -216,11 +216,11 @@ def build(
             "or among processes: set --shards to 1, and train in one process.",
         )
         devices = jax.devices()[:1]
-    layout, part = mesh.layout(config, devices), mesh.part(config)
+    layout, of_shard = mesh.layout(config, devices), mesh.shard_config(config)
     agent_of = agents(config, env)
     agent = agent_of({})
-    row = jax.eval_shape(lambda: empty_row(env, part.envs))
-    memory = replay(part.replay, row, jax.eval_shape(lambda: agent.initial(part.envs)))
+    row = jax.eval_shape(lambda: empty_row(env, of_shard.envs))
+    memory = replay(of_shard.replay, row, jax.eval_shape(lambda: agent.initial(of_shard.envs)))
     here = memory.nbytes * layout.members_here * layout.shards_here
     check_fits(here * layout.sharing, place=config.replay.place)
     count = iterations or max(1, config.log_every // config.envs)
@@ -228,7 +228,7 @@ def build(
         from jaxwm.train_host import on_host  # it builds on this file
 
         return on_host(config, env, agent_of, memory, count, layout)
-    return _on_device(part, env, agent_of, memory, count, layout)
+    return _on_device(of_shard, env, agent_of, memory, count, layout)
 
 
 def agents(
@@ -348,7 +348,7 @@ def _on_device(
     """
     env = wrappers.guard(wrappers.batch(single, config.envs))
     whole = None
-    if layout.parts:
+    if layout.shard_params:
         whole = jax.eval_shape(agent_of({}).init, jax.random.key(0))
     leads = LEADS if whole is None else LEADS._replace(agent=mesh.learned(layout, whole))
     shards = mesh.shards_of(layout, whole)

@@ -127,7 +127,7 @@ class WorldModel(NamedTuple):
         Filters a real sequence; `is_first` rows forget the carry.
       imagine: `params, start (N,), policy, noise (H, N), policy noise (H, N) -> latents
         (H+1, N), actions (H, N), kept (H, N)` for a policy `features (N, F), noise -> action,
-        kept`; row 0 is `start`, action i is drawn at latent i. The features are `products.halved`.
+        kept`; row 0 is `start`, action i is drawn at latent i. The features are `products.rounded`.
       predict: `params, latents, keys=None -> {obs key | "reward" | "continue": distribution}`,
         of observations only if one of them is among `keys`.
       loss: `params, carry, steps, noise -> {name: loss (T, B)}, latents, metrics`.
@@ -182,22 +182,22 @@ class Shards(NamedTuple):
       mean: `tree -> tree`, the means over all shards; of tensors that devices hold a part of, a
         device's part.
       total: `tree -> tree`, the sums over all shards.
-      every: `array -> array`, those of all shards, with further leading axes.
-      part: `AgentState -> AgentState`, the part of what was learned that a device holds.
-      params: `parameters -> parameters`, whole, from the parts of all devices.
-      slow: the same for the slow critic.
-      parts: `numbers -> numbers`, one for each tensor of the parameters, a sum over the part that a
-        device holds: the sums over the whole tensors.
+      all_gather: `array -> array`, those of all shards, with further leading axes.
+      slice: `AgentState -> AgentState`, the part of what was learned that a device holds.
+      gather_params: `parameters -> parameters`, whole, from the parts of all devices.
+      gather_slow: the same for the slow critic.
+      sum_parts: `numbers -> numbers`, one for each tensor of the parameters: from sums over the
+        part that a device holds to sums over the whole tensor.
     """
 
     own: Callable[[Key], Key] = _same
     mean: Callable[[Any], Any] = _same
     total: Callable[[Any], Any] = _same
-    every: Callable[[Array], Array] = _same
-    part: Callable[[Any], Any] = _same
-    params: Callable[[Params], Params] = _same
-    slow: Callable[[Params], Params] = _same
-    parts: Callable[[Params], Params] = _same
+    all_gather: Callable[[Array], Array] = _same
+    slice: Callable[[Any], Any] = _same
+    gather_params: Callable[[Params], Params] = _same
+    gather_slow: Callable[[Params], Params] = _same
+    sum_parts: Callable[[Params], Params] = _same
 
 
 ALONE = Shards()

@@ -81,8 +81,8 @@ def test_unweighted_losses_start_where_knowing_nothing_starts(updated):
     assert metrics["dream/return_scale"] == 1
 
 
-@pytest.mark.skipif(not compiler.has_halves(), reason="no units for bfloat16")
-def test_an_update_with_products_of_halves_learns_nearly_the_same(agent, start, steps, updated):
+@pytest.mark.skipif(not compiler.has_bfloat16(), reason="no units for bfloat16")
+def test_an_update_with_products_of_bfloat16_learns_nearly_the_same(agent, start, steps, updated):
     _, ((_, want), *_) = updated
     with jax.default_matmul_precision("bfloat16"):
         update = compiler.jit(lambda *given: agent.update(*given))

@@ -122,27 +122,27 @@ def test_options_that_this_release_does_not_know_are_left_out(monkeypatch, no_ca
         ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16 avx512f", False),
     ],
 )
-def test_which_cpus_are_faster_with_halves(cpu, gains, tmp_path):
+def test_which_cpus_are_faster_with_bfloat16(cpu, gains, tmp_path):
     (tmp_path / "cpuinfo").write_text(cpu, encoding="utf-8")
-    assert compiler.has_halves(tmp_path / "cpuinfo") is gains
-    assert not compiler.has_halves(tmp_path / "none")
+    assert compiler.has_bfloat16(tmp_path / "cpuinfo") is gains
+    assert not compiler.has_bfloat16(tmp_path / "none")
 
 
-def test_halves_are_for_who_asks_for_them_and_can_gain_by_them(monkeypatch, no_cache):
-    assert not compiler.halves()
+def test_rounded_factors_are_for_who_asks_for_them_and_can_gain_by_them(monkeypatch, no_cache):
+    assert not compiler.rounds_factors()
     for asked in ("bfloat16", "BF16_BF16_F32"):
         with jax.default_matmul_precision(asked):
             for can in (True, False):
-                monkeypatch.setattr(compiler, "has_halves", lambda can=can: can)
-                assert compiler.halves() is can
+                monkeypatch.setattr(compiler, "has_bfloat16", lambda can=can: can)
+                assert compiler.rounds_factors() is can
                 wanted = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT" if can else ""
                 assert compiler.options() == OPTIONS | {LIBRARY: wanted}
-    monkeypatch.setattr(compiler, "has_halves", lambda: True)
+    monkeypatch.setattr(compiler, "has_bfloat16", lambda: True)
     with jax.default_matmul_precision("float32"):
-        assert not compiler.halves()
+        assert not compiler.rounds_factors()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with jax.default_matmul_precision("bfloat16"):
-        assert not compiler.halves()
+        assert not compiler.rounds_factors()
 
 
 def test_an_inner_function_cannot_be_compiled_apart():

@@ -9,7 +9,7 @@ import pytest
 
 from jaxwm import compiler, products
 
-needs_halves = pytest.mark.skipif(not compiler.has_halves(), reason="no units for bfloat16")
+needs_bfloat16 = pytest.mark.skipif(not compiler.has_bfloat16(), reason="no units for bfloat16")
 
 
 @pytest.fixture
@@ -69,9 +69,9 @@ def rounded(x):
     return np.asarray(x.astype(jnp.bfloat16), np.float64)
 
 
-@needs_halves
+@needs_bfloat16
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 16), (16, 64)])
-def test_products_of_halves_sum_rounded_factors_in_float32(rng, inputs, outputs):
+def test_products_of_bfloat16_sum_rounded_factors_in_float32(rng, inputs, outputs):
     x, kernel, grad = (
         normal(rng, 33, inputs),
         normal(rng, inputs, outputs),
@@ -90,17 +90,17 @@ def test_products_of_halves_sum_rounded_factors_in_float32(rng, inputs, outputs)
         np.testing.assert_allclose(have_one, want, rtol=1e-5, atol=1e-5)
 
 
-@needs_halves
-def test_halves_are_the_nearest_and_are_multiplied_as_they_are(rng):
+@needs_bfloat16
+def test_rounded_factors_are_the_nearest_and_are_multiplied_as_they_are(rng):
     x, kernel = map(jnp.asarray, (normal(rng, 33, 64), normal(rng, 64, 16)))
     # Bfloat16 has 8 binary digits: after 1 comes 1 + 2**-7, and after -2 comes -2 - 2**-6.
     given = [1 + 2**-9, 1 + 2**-8, 1 + 3 * 2**-9, -2 - 2**-7, 0.0, 3.4e38, np.inf, np.nan]
     nearest = [1, 1 + 2**-7, 1 + 2**-7, -2 - 2**-6, 0, np.inf, np.inf, np.nan]
-    assert products.halved(x) is x
+    assert products.rounded(x) is x
     with jax.default_matmul_precision("bfloat16"):
-        bits = products.halved(jnp.asarray(given, jnp.float32))
-        kept = products.halved(x)
-        assert products.halved(kept) is kept
+        bits = products.rounded(jnp.asarray(given, jnp.float32))
+        kept = products.rounded(x)
+        assert products.rounded(kept) is kept
         learn = jax.value_and_grad(lambda kernel, x: products.product(x, kernel).sum())
         learn = compiler.jit(learn)
         (have, grad), (want, same) = learn(kernel, kept), learn(kernel, x)
@@ -111,9 +111,9 @@ def test_halves_are_the_nearest_and_are_multiplied_as_they_are(rng):
 
 
 # As rows and as columns, of a population.
-@needs_halves
+@needs_bfloat16
 @pytest.mark.parametrize("count", [8, 17])
-def test_no_product_of_a_loop_of_halves_is_computed_in_float32(rng, count):
+def test_no_product_of_a_loop_of_bfloat16_is_computed_in_float32(rng, count):
     kernel, start = normal(rng, 8, 8) / 3, normal(rng, 3, 8, count)
     inputs = normal(rng, 5, 8, count)
 

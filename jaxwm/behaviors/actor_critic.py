@@ -26,7 +26,7 @@ from jaxwm.numerics import (
     percentiles_update,
     symexp_bins,
 )
-from jaxwm.products import halved
+from jaxwm.products import rounded
 from jaxwm.returns import lambda_return, replay_lambda_return
 from jaxwm.types import (
     Action,
@@ -106,7 +106,7 @@ def dream_targets(
     reward: Array,
     cont: Array,
     value: Array,
-    every: Callable[[Array], Array] = lambda returns: returns,
+    all_gather: Callable[[Array], Array] = lambda returns: returns,
 ) -> tuple[Dream, Percentiles]:
     """Returns, advantages and weights of imagined trajectories.
 
@@ -121,7 +121,7 @@ def dream_targets(
       reward: (H+1, N) predicted rewards.
       cont: (H+1, N) predicted probabilities to go on, times the discount.
       value: (H+1, N) predicted values.
-      every: `returns (H, N) -> returns (..., H, N)` of all shards, of which the percentiles are.
+      all_gather: `returns (H, N) -> (..., H, N)` of all shards, of which the percentiles are.
 
     Returns:
       The targets, and the updated percentiles. No gradient flows through either.
@@ -129,7 +129,7 @@ def dream_targets(
     reward, cont, value = sg((reward, cont, value))
     columns = jax.vmap(lambda_return, in_axes=(1, 1, 1, None), out_axes=1)
     returns = columns(reward[1:], cont[1:], value[1:], config.lambda_)
-    returns_range = percentiles_update(returns_range, every(returns), config.return_rate)
+    returns_range = percentiles_update(returns_range, all_gather(returns), config.return_rate)
     scale = percentiles_scale(returns_range)
     weight = jnp.cumprod(cont, 0)[:-1]
     advantage = (returns - value[:-1]) / scale
@@ -142,7 +142,7 @@ def actor_critic(
     model: WorldModel,
     feature_size: int,
     dtype: str = "float32",
-    every: Callable[[Array], Array] = lambda returns: returns,
+    all_gather: Callable[[Array], Array] = lambda returns: returns,
 ) -> Behavior:
     """The behaviour as pure functions; see `types.Behavior`.
 
@@ -155,7 +155,7 @@ def actor_critic(
       model: the world model to dream in.
       feature_size: length of the model's features.
       dtype: compute type.
-      every: see `dream_targets`.
+      all_gather: see `dream_targets`.
 
     Raises:
       JaxwmError: if an action space is neither discrete nor a box of numbers, or two outputs of the
@@ -254,7 +254,7 @@ def actor_critic(
 
         dreamt = model.imagine(fixed_model, start, step, prior_noise, action_noise)
         imagined, actions, (feat, policy_products) = sg(dreamt)
-        last = halved(model.features(imagined)[-1])
+        last = rounded(model.features(imagined)[-1])
 
         critics = {"value": fixed_params["value"], "slow": slow["value"]}
 
@@ -274,7 +274,7 @@ def actor_critic(
         reward, cont, values = sg([jnp.concatenate([xs, x[None]]) for xs, x in judged])
         if config.start_weight == "true":
             cont = cont.at[0].set(1.0 - steps.is_terminal.reshape(-1))
-        dream, state = dream_targets(config, state, reward, cont, values, every)
+        dream, state = dream_targets(config, state, reward, cont, values, all_gather)
 
         learners = nets.abreast({"policy": policy_net, "value": value_net})
         products = {"policy": policy_products, "value": value_products}

@@ -257,7 +257,7 @@ def world_model(
             draws, policy_draw = inputs
             latent = Latent(carry.deter[:, :rows].T, carry.stoch)
             # Rounded before they are joined, which then moves half as much.
-            action, kept = policy(features(jax.tree.map(products.halved, latent)), policy_draw)
+            action, kept = policy(features(jax.tree.map(products.rounded, latent)), policy_draw)
             read = _flat(carry.stoch), concat_entries(action_space, as_dict(action))
             deter = core_dream(params["core"], kernels, base, carry.deter, *map(widen, read))
             logits = prior_logits(params["prior"], deter, True)[:rows]
