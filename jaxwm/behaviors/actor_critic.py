@@ -231,6 +231,34 @@ def actor_critic(
     def act(params: Params, feat: Array, draws: dict[str, Array]) -> Action:
         return draw(policy(params, feat), draws)
 
+    def replay_value_loss(
+        params: Params,
+        latents: Latent,
+        steps: Step,
+        bootstrap: Array,
+        products: Any,
+        total: Array,
+        slow_value: Array,
+    ) -> Array:
+        """The critic's loss (T-1, B) on replayed rows; its gradient goes on into the world model.
+
+        Dreams start from these rows: their first returns are the bootstrap, and the critic's
+        products and totals, and the slow critic's values, are known from them.
+        """
+        columns = jax.vmap(replay_lambda_return, in_axes=(1, 1, 1, 1, None, None), out_axes=1)
+        discount = 1.0 - 1.0 / config.horizon
+        targets = columns(
+            steps.reward, steps.is_last, steps.is_terminal, bootstrap, discount, config.lambda_
+        )
+        rows, products, total, slow_value = jax.tree.map(
+            lambda x: x[:-1], (latents, products, total, slow_value)
+        )
+        out = nets.recalling(value_net)(params["value"], products, model.features(rows))
+        critic = dists.TwoHot(out["out"], bins, total)
+        loss = -critic.log_prob(targets)
+        loss -= config.slow_regularizer * critic.log_prob(slow_value)
+        return loss * (1.0 - steps.is_last[:-1])
+
     def loss(
         params: Params,
         slow: Params,
@@ -300,25 +328,11 @@ def actor_critic(
         )
         policy_loss, value_loss = (-(dream.weight * x).mean(0) for x in (score, fit))
 
-        # Replayed rows: the dream's first returns are the bootstrap, and the gradient goes on
-        # into the world model.
+        known = jax.tree.map(
+            lambda x: x[0].reshape(*lead, *x.shape[2:]), (value_products, totals, slow_values)
+        )
         bootstrap = dream.returns[0].reshape(lead)
-        columns = jax.vmap(replay_lambda_return, in_axes=(1, 1, 1, 1, None, None), out_axes=1)
-        discount = 1.0 - 1.0 / config.horizon
-        targets = columns(
-            steps.reward, steps.is_last, steps.is_terminal, bootstrap, discount, config.lambda_
-        )
-        # Dreams start from these rows, so that the critic's products are known.
-        rows = jax.tree.map(lambda x: x[:-1], latents)
-        known, total = jax.tree.map(
-            lambda x: x[0].reshape(*lead, *x.shape[2:])[:-1], (value_products, totals)
-        )
-        out = nets.recalling(value_net)(params["value"], known, model.features(rows))
-        replayed = dists.TwoHot(out["out"], bins, total)
-        replay_loss = -replayed.log_prob(targets)
-        slow_start = slow_values[0].reshape(lead)[:-1]
-        replay_loss -= config.slow_regularizer * replayed.log_prob(slow_start)
-        replay_loss *= 1.0 - steps.is_last[:-1]
+        replay_loss = replay_value_loss(params, latents, steps, bootstrap, *known)
 
         losses = {
             "policy": policy_loss.reshape(lead),
