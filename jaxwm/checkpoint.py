@@ -28,18 +28,16 @@ import os
 import re
 import shutil
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from jaxwm import heap, log, manifest, mesh
+from jaxwm import arrays, heap, log, manifest, mesh
 from jaxwm.config import differences, few, from_dict, read_json, require, to_dict
 from jaxwm.manifest import Damaged
 from jaxwm.recipes import RunConfig
@@ -54,8 +52,6 @@ _BEST = "best-"
 # What a save that was ended leaves, in this version and the first; and all that is a checkpoint's.
 _LEFT_OVER = re.compile(r"\.[\w.-]+\.(saving|old)|\d+\.orbax-checkpoint-tmp.*")
 _OURS = re.compile(rf"{_LEFT_OVER.pattern}|\d+|{_BEST}\d+(\.\d+)?|\d+\.damaged(\.\d+)?")
-_SMALL = 1 << 20  # bytes of a leaf that is stored with others in one array
-_PACK = "small"
 # Entries that configurations of version 0.1 lack, and what was done then.
 _LATER = {"replay": {"context_every": 1}, "agent": {"model": {"recompute": False}}}
 _MOST_PIECES = 64  # of the replay's rows; beyond, they are written anew as one
@@ -285,17 +281,17 @@ class Saver:
             "step": step,
             "config": to_dict(self._config),
             "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
-            "leaves": {name: _describe(part) for name, part in whole.items()},
+            "leaves": {name: arrays.describe(part) for name, part in whole.items()},
         }
-        parts = {name: _copy(part) for name, part in whole.items()}
+        parts = {name: arrays.copy(part) for name, part in whole.items()}
         size, blocks = _blocks(buffer, written)
         latents = (buffer.deter, buffer.stoch)
-        parts["latents"] = _numbered([_take(latents, first, size, axis) for first in blocks])
+        parts["latents"] = arrays.numbered([arrays.take(latents, x, size, axis) for x in blocks])
         if written > first:
             pieces.append([first, written])
-            new = _take(buffer.rows, first, written - first, axis)
-            parts[_piece(first, written)] = _numbered(new)
-        about["replay"] = {"written": written, "pieces": pieces, "leaves": _describe(buffer)}
+            new = arrays.take(buffer.rows, first, written - first, axis)
+            parts[_piece(first, written)] = arrays.numbered(new)
+        about["replay"] = {"written": written, "pieces": pieces, "leaves": arrays.describe(buffer)}
         return {name: part for name, part in parts.items() if part}, about, base
 
     def _rows_on_disk(self, oldest: int) -> tuple[Path | None, list[list[int]]]:
@@ -362,14 +358,14 @@ class Saver:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
         mesh.wait(f"begun {work.name}")
-        packed = {name: _small(part) for name, part in parts.items()}
+        packed = {name: arrays.small(part) for name, part in parts.items()}
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             for name, part in parts.items():
-                stored = _pack(part, packed[name])
+                stored = arrays.pack(part, packed[name])
                 checkpointer.save(work / name, args=ocp.args.StandardSave(stored))  # type: ignore
         if not first:
             return
-        known, sums = {}, {name: _sums(part) for name, part in parts.items()}
+        known, sums = {}, {name: arrays.sums(part) for name, part in parts.items()}
         if base is not None:
             before = manifest.read(base)
             sums, packed = before["sums"] | sums, before.get("packed", {}) | packed
@@ -538,27 +534,27 @@ def _state(folder: Path, found: dict[str, Any], like: Any, config: RunConfig, ac
     parts = {"params": like.agent.params, "rest": _rest(like)}
     _check(folder, {**found, "leaves": leaves}, {**parts, "replay": buffer}, config, accept)
     state = _read(folder, found, "rest", parts["rest"])
-    latents = _empty(buffer.deter), _empty(buffer.stoch)
-    like_them = [tuple(_resized(x, size, axis) for x in latents)] * len(blocks)
+    latents = arrays.empty(buffer.deter), arrays.empty(buffer.stoch)
+    like_them = [tuple(arrays.resized(x, size, axis) for x in latents)] * len(blocks)
     stored = _read(folder, found, "latents", like_them) if blocks else []
     for first, block in zip(blocks, stored, strict=True):
-        latents = _put(latents, block, first, axis)
-    filled = jax.tree.map(_empty, buffer.rows)
+        latents = arrays.put(latents, block, first, axis)
+    filled = jax.tree.map(arrays.empty, buffer.rows)
     for first, stop in pieces:  # the oldest first: what has replaced a row comes later
-        part = jax.tree.map(lambda x, n=stop - first: _resized(x, n, axis), buffer.rows)
-        filled = _put(filled, _read(folder, found, _piece(first, stop), part), first, axis)
+        part = jax.tree.map(lambda x, n=stop - first: arrays.resized(x, n, axis), buffer.rows)
+        filled = arrays.put(filled, _read(folder, found, _piece(first, stop), part), first, axis)
     state = state._replace(buffer=type(buffer)(filled, *latents))
     return _with_params(state, _read(folder, found, "params", parts["params"]))
 
 
 def _read(folder: Path, found: dict[str, Any], name: str, like: PyTree) -> PyTree:
     """A part of a checkpoint, whose leaves are as they were when it was saved."""
-    places = {number: _place(leaf) for number, leaf in _numbered(like).items()}
+    places = {number: arrays.place(leaf) for number, leaf in arrays.numbered(like).items()}
     small = _small_there(found, name, places)
     stored = {number: place for number, place in places.items() if number not in small}
     if small:
-        size = sum(_size(place) for place in small.values())
-        stored[_PACK] = np.broadcast_to(np.zeros((), np.uint8), (size,))
+        size = sum(arrays.size(place) for place in small.values())
+        stored[arrays.PACK] = np.broadcast_to(np.zeros((), np.uint8), (size,))
     path = _whole(folder / name)
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -571,13 +567,13 @@ def _read(folder: Path, found: dict[str, Any], name: str, like: PyTree) -> PyTre
         text = f"{type(error).__name__}: {str(error)[:200]}"
         raise Damaged(f"{name} cannot be read ({text})") from error
     if small:
-        got |= _unpack(got.pop(_PACK), small)
+        got |= arrays.unpack(got.pop(arrays.PACK), small)
     sums = found.get("sums", {}).get(name, {})
     for number, leaf in got.items():
         known = sums.get(number)
-        if known is not None and _is_whole(leaf) and _sum(leaf) != known:
+        if known is not None and arrays.is_whole(leaf) and arrays.checksum(leaf) != known:
             raise Damaged(f"leaf {number} of {name} has changed")
-    return _join(like, got)
+    return arrays.join(like, got)
 
 
 def _check_sizes(there: dict[str, Any], here: dict[str, Any]) -> None:
@@ -598,7 +594,7 @@ def _check(
     _check_config(folder, found, config, accept)
     wrong = []
     for name, part in parts.items():
-        here, there = dict(_describe(part)), dict(found["leaves"][name])
+        here, there = dict(arrays.describe(part)), dict(found["leaves"][name])
         wrong += [
             f"{path}: {here.get(path, 'absent')} here, {there.get(path, 'absent')} there"
             for path in {**here, **there}
@@ -672,19 +668,6 @@ def _with_params(state: Any, params: Params) -> Any:
     return state._replace(agent=state.agent._replace(params=params))
 
 
-def _describe(tree: PyTree) -> list[list[str]]:
-    """Path and "dtype (shape)" of every leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
-    return [[path, f"{x.dtype} {tuple(x.shape)}"] for path, x in named]
-
-
-def _numbered(tree: PyTree) -> dict[str, Any]:
-    """The leaves by number; empty arrays cannot be stored and need not be."""
-    leaves = enumerate(jax.tree.leaves(tree))
-    return {str(number): leaf for number, leaf in leaves if leaf.size > 0}
-
-
 def _axis(state: Any) -> int:
     """The axis along which the replay's arrays hold rows."""
     return state.buffer.rows.is_first.ndim - 1
@@ -700,110 +683,6 @@ def _blocks(buffer: Any, written: int) -> tuple[int, range]:
     return size, range(0, min(most, -(-written // (rows // most))), size)
 
 
-def _resized(leaf: Any, size: int, axis: int) -> Any:
-    """The shape of a leaf with so many rows; what is numpy stays so, and takes no memory."""
-    shape = (*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
-    if isinstance(leaf, np.ndarray):
-        return np.broadcast_to(np.zeros((), leaf.dtype), shape)
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _take(tree: PyTree, first: int, size: int, axis: int) -> PyTree:
-    """Copies of so many rows of rings, from row `first` on, counted from the start of the run."""
-    if isinstance(jax.tree.leaves(tree)[0], np.ndarray):
-        return jax.tree.map(lambda x: x.take((first + np.arange(size)) % x.shape[axis], axis), tree)
-    return _take_on_device(tree, np.int32(first), size, axis)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _take_on_device(tree: PyTree, first: Any, size: int, axis: int) -> PyTree:
-    def take(x: Any) -> Any:
-        return jnp.take(x, (first + jnp.arange(size)) % x.shape[axis], axis, mode="clip")
-
-    return jax.tree.map(take, tree)
-
-
-def _put(tree: PyTree, new: PyTree, first: int, axis: int) -> PyTree:
-    """Rings with the rows `new` from row `first` on; they are overwritten."""
-    if isinstance(jax.tree.leaves(tree)[0], np.ndarray):
-
-        def put(x: Any, new: Any) -> Any:
-            index = (first + np.arange(new.shape[axis])) % x.shape[axis]
-            x[(*(slice(None),) * axis, index)] = new
-            return x
-
-        return jax.tree.map(put, tree, new)
-    return _put_on_device(tree, new, np.int32(first), axis)
-
-
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _put_on_device(tree: PyTree, new: PyTree, first: Any, axis: int) -> PyTree:
-    def put(x: Any, new: Any) -> Any:
-        index = (first + jnp.arange(new.shape[axis])) % x.shape[axis]
-        return x.at[(*(slice(None),) * axis, index)].set(new, unique_indices=True)
-
-    return jax.tree.map(put, tree, new)
-
-
-def _copy(tree: PyTree) -> dict[str, Any]:
-    """Copies of the leaves, by number: the next dispatch overwrites the leaves themselves."""
-    raw = {number: _raw(leaf) for number, leaf in _numbered(tree).items()}
-    here = {number: np.array(leaf) for number, leaf in raw.items() if not _is_jax(leaf)}
-    return here | _copy_on_device({number: x for number, x in raw.items() if _is_jax(x)})
-
-
-@jax.jit
-def _copy_on_device(tree: PyTree) -> PyTree:
-    return jax.tree.map(jnp.copy, tree)
-
-
-def _is_jax(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _raw(leaf: Any) -> Any:
-    """A typed key as numbers, anything else as it is."""
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _place(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
-    """Shape, type and devices of an array to read; what is numpy is read as numpy."""
-    if isinstance(leaf, np.ndarray):
-        return leaf
-    raw = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=_where(leaf))
-
-
-def _where(leaf: Any) -> Any:
-    return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-
-def _empty(leaf: Any) -> Any:
-    """Zeros like a shape, or in numpy like an array."""
-    if isinstance(leaf, np.ndarray):
-        return np.zeros(leaf.shape, leaf.dtype)
-    return jnp.zeros(leaf.shape, leaf.dtype, device=_where(leaf))
-
-
-def _join(like: PyTree, found: dict[str, Any]) -> PyTree:
-    """The tree `like` with the leaves that were read."""
-    leaves, tree = jax.tree.flatten(like)
-    full = []
-    for number, leaf in enumerate(leaves):
-        value: Any = found[str(number)] if leaf.size > 0 else _empty(leaf)
-        full.append(jax.random.wrap_key_data(value) if _is_key(leaf) else value)
-    return jax.tree.unflatten(tree, full)
-
-
-def _small(part: dict[str, Any]) -> list[str]:
-    """The numbers of the leaves that are stored in one array."""
-    return [number for number, x in part.items() if x.nbytes < _SMALL and _is_whole(x)]
-
-
 def _small_there(found: dict[str, Any], name: str, places: dict[str, Any]) -> dict[str, Any]:
     """The leaves of a part that are stored in one array."""
     try:
@@ -814,47 +693,6 @@ def _small_there(found: dict[str, Any], name: str, places: dict[str, Any]) -> di
     except manifest.UNREADABLE:
         raise Damaged(f"its manifest names leaves of {name} that it cannot have") from None
     return small
-
-
-def _pack(part: dict[str, Any], small: list[str]) -> dict[str, Any]:
-    """The arrays of a part as they are stored, the small ones as the bytes of all."""
-    if not small:
-        return part
-    large = {number: leaf for number, leaf in part.items() if number not in small}
-    return large | {_PACK: np.concatenate([_bytes(part[number]) for number in small])}
-
-
-def _unpack(data: np.ndarray, small: dict[str, Any]) -> dict[str, Any]:
-    """The small arrays of a part, on their devices but for what is numpy."""
-    leaves, start = {}, 0
-    for number, place in small.items():
-        stop = start + _size(place)
-        leaf = data[start:stop].copy().view(place.dtype).reshape(place.shape)
-        is_numpy = isinstance(place, np.ndarray)
-        leaves[number] = leaf if is_numpy else jax.device_put(leaf, place.sharding, may_alias=False)
-        start = stop
-    return leaves
-
-
-def _size(place: Any) -> int:
-    return math.prod(place.shape) * place.dtype.itemsize
-
-
-def _bytes(leaf: Any) -> np.ndarray:
-    return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-
-
-def _sums(part: dict[str, Any]) -> dict[str, int]:
-    """Checksums of leaves by number, of those that are here whole."""
-    return {number: _sum(leaf) for number, leaf in part.items() if _is_whole(leaf)}
-
-
-def _is_whole(leaf: Any) -> bool:
-    return not _is_jax(leaf) or leaf.is_fully_addressable
-
-
-def _sum(leaf: Any) -> int:
-    return zlib.crc32(_bytes(leaf).data)
 
 
 def _piece(first: int, stop: int) -> str:

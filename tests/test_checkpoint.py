@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxwm import checkpoint, train
+from jaxwm import arrays, checkpoint, train
 from jaxwm.config import write
 from jaxwm.log import read_metrics
 from jaxwm.replay import Buffer, Cursor
@@ -146,7 +146,7 @@ def test_only_new_rows_are_written_and_the_ring_comes_back(tiny, tmp_path, xp):
 @pytest.mark.parametrize(("limit", "stored"), [(0, "01"), (20, ["0", "small"]), (25, ["small"])])
 def test_small_leaves_are_stored_as_one_array(tiny, tmp_path, monkeypatch, limit, stored, xp):
     """The parameters are arrays of 24 and 4 bytes; whatever the limit was, all comes back."""
-    monkeypatch.setattr(checkpoint, "_SMALL", limit)
+    monkeypatch.setattr(arrays, "_SMALL", limit)
     with checkpoint.Saver(tmp_path, tiny, pytest.fail) as saver:
         saver.save(1, state(1, 3, xp))
     monkeypatch.undo()

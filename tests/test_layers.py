@@ -22,6 +22,7 @@ FLOORS = [
         "products",
         "convolutions",
         "heap",
+        "arrays",
         "manifest",
         "lock",
     },
