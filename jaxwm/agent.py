@@ -143,9 +143,9 @@ def compute_dtype(name: str) -> str:
         return name
     device = jax.devices()[0]
     # Turing and Volta have no bfloat16 units: XLA would emulate it.
-    capability = float(getattr(device, "compute_capability", 0) or 0)
-    native = device.platform == "tpu" or (device.platform in ("gpu", "cuda") and capability >= 8)
-    return "bfloat16" if native else "float32"
+    capability = str(getattr(device, "compute_capability", ""))  # of AMD's a name, such as "gfx90a"
+    emulated = capability[:1].isdigit() and float(capability) < 8
+    return "bfloat16" if device.platform in ("gpu", "tpu") and not emulated else "float32"
 
 
 def make_agent(

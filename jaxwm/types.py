@@ -129,7 +129,7 @@ class WorldModel(NamedTuple):
         (H+1, N), actions (H, N), kept (H, N)` for a policy `features (N, F), noise -> action,
         kept`; row 0 is `start`, action i is drawn at latent i. The features are `products.rounded`.
       predict: `params, latents, keys=None -> {obs key | "reward" | "continue": distribution}`,
-        of observations only if one of them is among `keys`.
+        of all or of `keys`.
       loss: `params, carry, steps, noise -> {name: loss (T, B)}, latents, metrics`.
       features: `latent -> (..., F)`, what heads read.
       split: `(..., F) -> latent`, the way back.
@@ -156,7 +156,8 @@ class Behavior(NamedTuple):
       policy: `params, features (..., F) -> {action key: distribution}`.
       value: `params, features (..., F) -> distribution` of the return from there.
       act: `params, features (..., F), noise -> action`.
-      loss: see `behaviors.actor_critic`.
+      loss: `params, slow, state, model params, latents (T, B), steps (T, B), noise (H, N), action
+        noise (H, N) -> {name: loss (T, B)}, state, metrics`.
     """
 
     init: Callable[..., Params]

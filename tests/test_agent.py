@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 
 import chex
 import jax
@@ -193,6 +194,25 @@ def test_weights_by_name():
 def test_the_compute_type_follows_the_device():
     assert compute_dtype("bfloat16") == "bfloat16" and compute_dtype("float32") == "float32"
     assert compute_dtype("auto") == ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype"),
+    [
+        ("cpu", None, "float32"),
+        ("tpu", None, "bfloat16"),
+        ("gpu", "7.5", "float32"),
+        ("gpu", "8.0", "bfloat16"),
+        ("gpu", "10.0", "bfloat16"),
+        ("gpu", "gfx90a", "bfloat16"),
+    ],
+)
+def test_the_compute_type_is_bfloat16_where_there_are_units_for_it(
+    monkeypatch, platform, capability, dtype
+):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert compute_dtype("auto") == dtype
 
 
 def test_batched_rows_and_single_rows_are_acted_on_alike(agent, env, start):

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jaxwm import cli, envs
+from jaxwm import cli, compiler, envs
 from jaxwm.agent import AgentConfig, LossWeights
 from jaxwm.behaviors.actor_critic import ActorCriticConfig
 from jaxwm.models.encoders import CodecConfig
@@ -21,6 +21,8 @@ TRAIN = "train dreamer_v3 --env toy/Memory --size debug"
 @pytest.fixture
 def told(monkeypatch, capsys, tmp_path):
     """`told(command)`: the paragraph on standard error, after which nothing was compiled."""
+
+    compiler.options()  # compiles its probes, once for each process
 
     def compile(*args, **options):
         pytest.fail("something was compiled")

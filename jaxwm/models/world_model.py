@@ -279,7 +279,7 @@ def world_model(
         if any(key in obs_space for key in wanted):
             deter = latents.deter.reshape(-1, config.core.deter)
             raw = decode(params["decoder"], deter, _flat(latents.stoch).reshape(-1, stoch_size))
-            for key, space in obs_space.items():
+            for key, space in ((key, obs_space[key]) for key in obs_space if key in wanted):
                 outputs[key] = observation_dist(space, raw[key].reshape(*lead, *raw[key].shape[1:]))
         heads = {
             key: head for key, head in (("reward", reward), ("continue", cont)) if key in wanted

@@ -12,7 +12,8 @@ names; the variant "paper" is the code as of the second version of the paper. Th
 Deviations from both: latents are stored as class indices; vectors of uint8 are numbers, not
 classes; time limits never count as terminal.
 
-Command: `jaxwm train dreamer_v3 --preset cartpole`.
+Command: `jaxwm train dreamer_v3 --preset cartpole`, which learns to balance the pole for all 500
+steps in minutes on two CPU cores.
 """
 
 import dataclasses
