@@ -44,6 +44,10 @@ def _log_mixture(
     exists = jnp.ones((1,) * logits.ndim) if mask is None else mask.astype(jnp.float32)
     count = logits.shape[-1] if mask is None else exists.sum(-1, keepdims=True)
     probs = (1 - unimix) * jax.nn.softmax(logits) + unimix * exists / count
+    if not isinstance(unimix, float | int):  # 0 in some members, where a class may have none
+        logprobs = jnp.log(jnp.where(probs > 0, probs, 1.0))
+        logprobs = jnp.where(unimix > 0, logprobs, jax.nn.log_softmax(logits))
+        return logprobs if mask is None else jnp.where(mask, logprobs, ABSENT), probs
     if mask is None:
         return jnp.log(probs), probs
     return jnp.where(mask, jnp.log(jnp.where(mask, probs, 1.0)), ABSENT), probs

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxwm.config import positive, require
-from jaxwm.types import Array, Int, JaxwmError, Key, Latent, Step
+from jaxwm.types import Array, Bool, Int, JaxwmError, Key, Latent, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,19 +229,44 @@ def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
     def write_back(
         buffer: Buffer, window: Window, latents: Latent, taken: Array | bool = True
     ) -> Buffer:
+        stored = lambda x: x[every - 1 :: every]  # noqa: E731
         # What goes beyond the last environment is dropped.
-        env = jnp.where(taken, window.env, count)
-        index = window.index[every - 1 :: every] // every
-        at = (jnp.broadcast_to(env, index.shape), index)
-        fresh = pack(jax.tree.map(lambda x: x[every - 1 :: every], latents))
-        deter = buffer.deter.at[at].set(fresh.deter.astype(buffer.deter.dtype), mode="drop")
-        stoch = buffer.stoch.at[at].set(fresh.stoch, mode="drop")
-        return buffer._replace(deter=deter, stoch=stoch)
+        env = jnp.where(taken & stored(is_last_copy(window, capacity)), window.env[None], count)
+        at = (env, stored(window.index) // every)
+        fresh = pack(jax.tree.map(stored, latents))
+
+        def put(ring: Array, new: Array) -> Array:
+            return ring.at[at].set(new.astype(ring.dtype), mode="drop", unique_indices=True)
+
+        return buffer._replace(
+            deter=put(buffer.deter, fresh.deter), stoch=put(buffer.stoch, fresh.stoch)
+        )
 
     # As many windows as the rows of a batch, as in the reference, if the rings hold so many.
     windows = min(batch * length, count * (capacity - length))
     warmup = length + max(1, -(-windows // count))
     return Replay(shapes, init, add, choose, sample, write_back, warmup, nbytes)
+
+
+def is_last_copy(window: Window, capacity: int) -> Bool[Array, "T B"]:
+    """Which rows of a batch are in no other of its windows, or come last there.
+
+    A row that windows share lies latest in the one that begins first, and of two that begin
+    together the second counts. Which of several writes to one place a GPU makes last is left to
+    chance.
+
+    Args:
+      window: a batch.
+      capacity: rows of each ring.
+    """
+    length, batch = window.index.shape
+    first = window.index[0]
+    earlier = (first[:, None] - first[None]) % capacity  # by so many rows begins j than i
+    order = jnp.arange(batch)
+    wins = (earlier > 0) | (order[None] > order[:, None])
+    wins &= (earlier < length) & (window.env[:, None] == window.env[None])
+    shared = length - jnp.where(wins, earlier, length).min(1)
+    return jnp.arange(length)[:, None] >= shared[None]
 
 
 def pack(latents: Latent) -> Packed:

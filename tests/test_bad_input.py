@@ -73,6 +73,11 @@ def told(monkeypatch, capsys, tmp_path):
         (f"{TRAIN} --replay.batch-length 1", "batch_length is 1; it must be at least 2"),
         (f"{TRAIN} --replay.batch-length 0", "batch_length is 0; it must be positive"),
         (f"{TRAIN} --replay.capacity 99999999999999", "GiB. Lower --replay.capacity"),
+        (f"{TRAIN} --envs 1 --steps 3000000000", "it must be at most 2,147,483,647, for both are"),
+        (
+            f"{TRAIN} --envs 8191 --replay.train-ratio 333.333",
+            "with 8191 environments the updates that are due cannot be counted in 32 bits. Round",
+        ),
         (f"{TRAIN} --time-limit 2147483648", "time_limit is 2147483648; it must be at most 2,147"),
         (f"{TRAIN} --seed 99999999999999999999", "seed is 99999999999999999999; it must be at m"),
         (f"{TRAIN} --seed 4294967295 --seeds 2", "the last seed must be below 2^32"),

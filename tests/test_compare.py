@@ -153,6 +153,7 @@ def test_frames_count_repeats_and_those_inside():
 
     assert frames(SWINGUP, 1) == 1 and frames(SWINGUP, 2) == 2
     assert frames("atari/Pong", 1) == frames("gymnasium/ALE/Pong-v5", 1) == 4
+    assert frames("envpool/UpNDown-v5", 1) == 4 and frames("envpool/CartPole-v1", 1) == 1
 
 
 def test_mjx_is_never_called_dmc():

@@ -1,3 +1,4 @@
+import chex
 import distrax
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,20 @@ def test_sample_frequencies_are_the_probabilities():
         frequency = counts(dist.sample(seed=jax.random.key(0), sample_shape=(count,)))
         # Five standard errors of a proportion of one half.
         np.testing.assert_allclose(frequency, dist.probs, atol=5 * 0.5 / np.sqrt(count))
+
+
+@pytest.mark.parametrize("unimix", [0.0, 0.01])
+@pytest.mark.parametrize("mask", [None, np.array([True, True, False])])
+def test_a_swept_uniform_share_is_as_a_fixed_one(unimix, mask):
+    """Classes of a probability that is no number of float32 too."""
+    logits = jnp.array([0.0, -120.0, 3.0])
+
+    def entropy(logits, unimix):
+        return dists.Categorical(logits, mask, unimix).entropy()
+
+    fixed = jax.value_and_grad(lambda x: entropy(x, unimix))(logits)
+    swept = jax.jit(jax.value_and_grad(entropy))(logits, jnp.float32(unimix))
+    chex.assert_trees_all_close(swept, fixed, atol=1e-6)
 
 
 @pytest.mark.parametrize("unimix", [0.0, 0.01])

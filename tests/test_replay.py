@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxwm.replay import ReplayConfig, check_fits, close_abandoned, replay
+from jaxwm.replay import (
+    ReplayConfig,
+    Window,
+    check_fits,
+    close_abandoned,
+    is_last_copy,
+    places,
+    replay,
+)
 from jaxwm.types import JaxwmError, Latent, Step
 
 N, D, S, K = 3, 4, 2, 5
@@ -234,6 +242,22 @@ def test_abandoned_episodes_are_closed():
     closed = close_abandoned(steps)
     assert closed.is_last[:, 0].tolist() == [False, True, False, False]
     assert not closed.is_terminal.any()
+
+
+@pytest.mark.parametrize(("capacity", "length"), [(12, 4), (9, 8), (40, 5)])
+def test_of_a_row_in_several_windows_the_last_latent_stays(capacity, length):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        env, start = rng.integers(2, size=6), rng.integers(100, size=6)
+        index = places(start, length, capacity, np)[1:]
+        window = Window(None, None, jnp.asarray(env), jnp.asarray(index))
+        found = is_last_copy(window, capacity)
+        last = {}
+        for time, i in np.ndindex(length, 6):
+            last[env[i], index[time, i]] = time, i
+        wanted = np.zeros((length, 6), bool)
+        wanted[tuple(np.transpose(list(last.values())))] = True
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_few_latents_take_little_memory():

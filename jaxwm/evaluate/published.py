@@ -275,6 +275,10 @@ def _rounded(values: np.ndarray, digits: int) -> list[float | int | None]:
 
 
 def _is_atari(env: str) -> bool:
+    """Whether each step of an environment is four frames of an Atari game."""
+    if env.startswith("envpool/"):  # which has other suites too, and names no suite
+        games = {_plain(task) for task in tasks() if task.startswith("atari")}
+        return _plain(re.sub(r"-v\d+$", "", env)) in games
     return env.startswith(("atari/", "gymnasium/ALE/"))
 
 

@@ -99,6 +99,19 @@ class RunConfig:
             "there is one shard. Raise --shards, at best to the number of devices.",
         )
         self.replay.rows_per_env(self.envs)
+        length = self.replay.batch_length
+        most = (2**31 - 1) * min(self.envs, self.shards * length)
+        require(
+            self.steps <= most,
+            f"steps is {self.steps:,}; with {self.envs} environments and windows of {length} rows "
+            f"it must be at most {most:,}, for both are counted in 32 bits.",
+        )
+        earned, price = self.replay.updates_per_iteration(self.envs).as_integer_ratio()
+        require(
+            earned + price < 2**31,
+            f"replay.train_ratio is {self.replay.train_ratio}; with {self.envs} environments the "
+            "updates that are due cannot be counted in 32 bits. Round it to fewer decimals.",
+        )
         count = math.prod(map(len, sweep.parse(self.sweep, self).values())) * self.seeds
         require(
             count <= _MOST_MEMBERS,

@@ -4,8 +4,8 @@
 
 `--count` is minutes. Each process trains the demo for a quarter of them, with saves as often as
 there; it is then asked to stop, the run is evaluated by another process, and resumed by the next.
-After the first five minutes of a process (a third of its life, if that is less) the most memory that
-it takes in the second half of what is left is less than 2 % above that in the first.
+After the first five minutes of a process (a third of its life, if that is less) the most memory
+that it takes in the second half of what is left is less than 2 % above that in the first.
 """
 
 import signal
