@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxwm.policy import load
     from jaxwm.recipes import RunConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["RunConfig", "__version__", "load", "make"]
 
 _HOMES = {"RunConfig": "jaxwm.recipes", "load": "jaxwm.policy", "make": "jaxwm.envs"}
