@@ -81,6 +81,16 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, JaxwmError) as error:
         message = str(error)
     except (RuntimeError, ValueError, AssertionError) as error:
+        if _is_about_processes(error):
+            print(
+                f"jaxwm: another process of this training has gone ({_first_line(error)}). Start "
+                "all of them again with `jaxwm resume`: it goes on from a checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+            if whole:
+                os._exit(2)  # any other end would wait for the process that has gone
+            return 2
         if not _is_about_devices(error):
             raise
         names = {x for x in os.environ if x.startswith("JAX_")} - {"JAX_COMPILATION_CACHE_DIR"}
@@ -102,6 +112,12 @@ def _is_about_devices(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     homes = (Path("jax/_src/xla_bridge.py").parts, Path("jax/_src/config.py").parts)
     return any(Path(frame.filename).parts[-3:] in homes for frame in frames)
+
+
+def _is_about_processes(error: BaseException) -> bool:
+    """Whether another process of the training could not be reached any more."""
+    lost = re.search(r"Gloo|NCCL|coordination service|Connection (closed|reset)", str(error))
+    return bool(lost) and "jax" in sys.modules and sys.modules["jax"].process_count() > 1
 
 
 def _first_line(error: BaseException) -> str:
@@ -465,7 +481,7 @@ def _unboxed(text: str) -> str:
     if number:
         kind = "whole number" if number[2] == "int()" else "number"
         return f"{number[1]} should be a {kind}, not {number[3]}."
-    return words if words.endswith(".") else f"{words}."
+    return words if words.endswith((".", "?")) else f"{words}."
 
 
 def _refuse(words: list[str], flags: Iterable[str], prog: str) -> None:

@@ -11,7 +11,7 @@ The devices form a mesh with the axes "members" and "data". Each device holds so
 and some of the shards of those. A device's members and shards are mapped by `jax.vmap`, the devices
 by `jax.shard_map`; so shards meet over two axes, "shards" within a device and "data" across them.
 How many devices there are decides nothing but where things lie: the numbers are the same to
-rounding.
+rounding, until a class that is sampled comes out differently for it.
 
 Which axes an array leads with is said by a `PartitionSpec` of "shards" and "members", of which a
 layout drops what it has but one of.
@@ -20,9 +20,12 @@ layout drops what it has but one of.
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 import re
+import sys
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +36,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxwm.agent import AgentState
-from jaxwm.config import require
+from jaxwm.config import require, to_dict
 from jaxwm.envs.host import cores
 from jaxwm.numerics import fold_mirrored, unfold_mirrored
 from jaxwm.recipes import RunConfig
@@ -344,6 +347,31 @@ def agree(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def most(number: int) -> int:
+    """The largest of what all processes say, such as a signal that one of them was sent."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def check_same(config: RunConfig) -> None:
+    """Refuses to train in processes that were told different things.
+
+    Raises:
+      JaxwmError: in every process, with the number of the first that differs from process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    whole = json.dumps(to_dict(config), sort_keys=True).encode()
+    sums = multihost_utils.process_allgather(np.uint32(zlib.crc32(whole)))
+    other = int(np.argmax(sums != sums[0]))
+    require(
+        other == 0,
+        f"Process {other} was started with other settings than process 0. Start all with the same "
+        "command, but for --process.",
+    )
+
+
 def wait(name: str) -> None:
     """Waits until all processes have come to the point `name`."""
     if jax.process_count() > 1:
@@ -364,10 +392,14 @@ def join(
       process: the number of this one, from 0.
 
     Raises:
-      JaxwmError: if nothing says who takes part, or the others cannot be reached.
+      JaxwmError: if nothing says who takes part. If the others do not come, jax ends the process.
     """
-    address = coordinator is None or re.fullmatch(r".+:\d+", coordinator)
-    require(bool(address), f"The coordinator is {coordinator!r}; it should be HOST:PORT.")
+    port = re.fullmatch(r".+:(\d+)", coordinator or "any:1")
+    require(
+        port is not None and 0 < int(port[1]) < 2**16,
+        f"The coordinator is {coordinator!r}; it should be HOST:PORT, the port 1 to 65535.",
+    )
+    print("Waiting for the other processes, five minutes at most.", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (ValueError, RuntimeError) as error:

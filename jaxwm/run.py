@@ -76,6 +76,7 @@ def run(
     begun = time.monotonic()
     folder = folder or default_folder(config)
     mesh.use_cores(config)
+    mesh.check_same(config)
     first = jax.process_index() == 0
     if first:
         lock.check(folder)
@@ -362,7 +363,7 @@ def _lines(
         if not first_update and int(state.clock.updates) > before:
             first_update.append(time.monotonic())
         pace = math.inf if done == warm else max((time.monotonic() - begun) / count, 1e-9)
-        asked = mesh.agree(signals[0] if signals else 0)
+        asked = mesh.most(signals[0] if signals else 0)
         told = done % program.iterations == 0
         if told or asked or program.fault(state):
             yield state, metrics, asked

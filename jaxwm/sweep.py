@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxwm.config import require
+from jaxwm.config import flatten, require
 from jaxwm.spaces import nearest
 
 T = TypeVar("T")
@@ -41,9 +41,10 @@ def parse(sweep: tuple[str, ...], config: Any) -> dict[str, tuple[float, ...]]:
     """
     found: dict[str, tuple[float, ...]] = {}
     numbers = [_ROOT + path for path in _floats(type(config.agent))]
+    others = [path for path in flatten(config) if path not in numbers]
     for word in sweep:
         name, _, listed = word.partition("=")
-        path = _path(name.replace("-", "_"), numbers)
+        path = _path(name.replace("-", "_"), numbers, others)
         require(path not in found, f"The sweep names {path} twice. Give all its values at once.")
         try:
             found[path] = tuple(float(value) for value in listed.split(","))
@@ -93,6 +94,9 @@ def labels(config: Any) -> list[str]:
 
 def member(config: T, index: int) -> T:
     """The configuration of one member: what it would be if it trained alone.
+
+    Both then learn the same to rounding, until a class that is sampled comes out differently for
+    it: to 1e-5 over the first fifty updates or so.
 
     Raises:
       JaxwmError: if one of its values is out of range.
@@ -161,11 +165,18 @@ def _floats(cls: Any, path: str = "") -> list[str]:
     return found
 
 
-def _path(name: str, paths: list[str]) -> str:
-    """The one path that ends in `name`."""
+def _path(name: str, paths: list[str], others: list[str]) -> str:
+    """The one path of `paths` that ends in `name`; `others` cannot be swept."""
     ends = [path for path in paths if f".{path}".endswith(f".{name}")]
     require(
         len(ends) < 2, f"The sweep's {name!r} may be {' or '.join(ends)}. Give more of the path."
+    )
+    whole = [path for path in others if f".{path}".endswith(f".{name}")]
+    require(
+        bool(ends) or not whole,
+        f"There is no entry to sweep called {name!r}. Members of one program differ only in "
+        f"numbers with fractions, not in {' or '.join(whole)}: train each value in a run of its "
+        "own.",
     )
     if not ends:
         ends = {x.rpartition(".")[2] for x in paths}

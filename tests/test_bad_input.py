@@ -83,6 +83,8 @@ def told(monkeypatch, capsys, tmp_path):
         (f"{TRAIN} --seed 4294967295 --seeds 2", "the last seed must be below 2^32"),
         (f"{TRAIN} --replay.train-ratio 1e-4", "at least 0.001, or 0 to collect"),
         (f"{TRAIN} --coordinator here --processes 1 --process 0", "it should be HOST:PORT"),
+        (f"{TRAIN} --coordinator a:99999 --processes 1 --process 0", "the port 1 to 65535."),
+        (f"{TRAIN} --sweep units=32,64", "fractions, not in agent.model.codec.units or"),
         (f"{TRAIN} --replay.train-ratio 1e300", "train_ratio is 1e+300; it must be at most 1e6"),
         (
             f"{TRAIN} --replay.place host",

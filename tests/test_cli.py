@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxwm
@@ -173,6 +174,19 @@ def test_what_jax_cannot_be_told_is_said(name, value, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, env=env)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "jax cannot begin" in done.stderr and f"{name}={value}" in done.stderr
+
+
+def test_a_process_that_has_gone_is_told(monkeypatch, capsys):
+    def lost(*_):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer\nand more")
+
+    monkeypatch.setattr(cli, "_dispatch", lost)
+    with pytest.raises(ValueError, match="Gloo"):
+        cli.main(["envs"])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert cli.main(["envs"]) == 2
+    told = capsys.readouterr().err
+    assert "has gone (UNKNOWN: Gloo AllGather failed: Connection closed by peer). Start all" in told
 
 
 def test_the_shell_gets_2_and_a_paragraph():

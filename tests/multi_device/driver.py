@@ -24,6 +24,7 @@ from jaxwm import checkpoint, mesh, train
 from jaxwm.agent import make_agent
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay import ReplayConfig
+from jaxwm.types import JaxwmError
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -194,14 +195,23 @@ def still(*args: Any) -> Any:
 
 
 def process(number: int, address: str) -> dict[str, Any]:
-    """100 updates, each process with half of the devices."""
+    """100 updates, each process with half of the devices; and what they tell each other."""
     mesh.join(address, 2, number)
+    mesh.check_same(config())
+    try:
+        mesh.check_same(dataclasses.replace(config(), seed=number))
+        told = ""
+    except JaxwmError as error:
+        told = str(error)
+    most = mesh.most(15 * number)
     program = train.build(config(), ITERATIONS)
-    state, told = trained(program.compile(), program.init())
+    state, metrics = trained(program.compile(), program.init())
     return {
+        "refused": told,
+        "most": most,
         "devices": jax.device_count(),
         "here": jax.local_device_count(),
-        "loss": float(told["loss/total"]),
+        "loss": float(metrics["loss/total"]),
         "hash": digest(mesh.fetch(state.agent)),
     }
 

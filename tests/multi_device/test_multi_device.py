@@ -100,4 +100,6 @@ def test_two_processes_train_as_one(counts):
     one, other = map(result, both)
     assert one == other
     assert (one["devices"], one["here"]) == (8, 4)
+    assert one["refused"].startswith("Process 1 was started with other settings than process 0.")
+    assert one["most"] == 15
     assert abs(one["loss"] - counts["training"]["8"]["loss"]) < 1e-5
