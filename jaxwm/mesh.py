@@ -394,7 +394,7 @@ def join(
     Raises:
       JaxwmError: if nothing says who takes part. If the others do not come, jax ends the process.
     """
-    port = re.fullmatch(r".+:(\d+)", coordinator or "any:1")
+    port = re.fullmatch(r".+:(\d+)", "any:1" if coordinator is None else coordinator)
     require(
         port is not None and 0 < int(port[1]) < 2**16,
         f"The coordinator is {coordinator!r}; it should be HOST:PORT, the port 1 to 65535.",
