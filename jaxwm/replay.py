@@ -261,7 +261,7 @@ def is_last_copy(window: Window, capacity: int) -> Bool[Array, "T B"]:
     """
     length, batch = window.index.shape
     first = window.index[0]
-    earlier = (first[:, None] - first[None]) % capacity  # by so many rows begins j than i
+    earlier = (first[:, None] - first[None]) % capacity  # rows from the start of j to that of i
     order = jnp.arange(batch)
     wins = (earlier > 0) | (order[None] > order[:, None])
     wins &= (earlier < length) & (window.env[:, None] == window.env[None])
