@@ -37,10 +37,12 @@ def jaxwm_update(job: dict[str, Any]) -> Built:
     from benchmarks.roofline import updating, work
     from jaxwm import mesh
     from jaxwm.agent import compute_dtype
+    from jaxwm.recipes import dreamer_v3
 
     batch, length = job["batch"], job["length"]
     config = training(job["size"], batch, ratio=1, batch=batch, length=length)
-    config = dataclasses.replace(config, shards=job["shards"])
+    agent = dreamer_v3.agent(job["size"], job["variant"])
+    config = dataclasses.replace(config, agent=agent, shards=job["shards"])
     mesh.use_cores(config)
     assert compute_dtype(config.agent.dtype) == "float32", "peers are compared in float32"
     learned = work(config.agent, job["obs"], batch, length, shapes=True).state.params

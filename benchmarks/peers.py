@@ -12,7 +12,8 @@ ratios of medians. A peer that cannot be had here is in it too, with the reason 
 
 All compute in float32, the others with `--dtype bfloat16` in that. On CPUs with units for bfloat16
 this package takes part a second time, as `jaxwm_bfloat16`, with products whose factors are rounded
-(`jaxwm.compiler`).
+(`jaxwm.compiler`). With images it also does as `jaxwm_strided`, with strided convolutions as the
+package `dreamerv3` has them.
 """
 
 import contextlib
@@ -50,7 +51,11 @@ REQUIREMENTS = {
 
 
 # How this package takes part, and what is set in its environment for it.
-OURS = {"jaxwm": {}, "jaxwm_bfloat16": {"JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"}}
+OURS = {
+    "jaxwm": {},
+    "jaxwm_bfloat16": {"JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"},
+    "jaxwm_strided": {},
+}
 
 
 class Failure(Exception):
@@ -214,7 +219,7 @@ def main() -> None:
     shards = range(1, cores() + 1)
     divide = [x for x in shards if args.batch % x == 0 and args.envs % x == 0]
     args.shards = args.shards or max(divide)
-    ours = [name for name in OURS if name == "jaxwm" or compiler.has_bfloat16()]
+    ours = [name for name in OURS if name != "jaxwm_bfloat16" or compiler.has_bfloat16()]
     pythons: dict[str, Path | str] = dict.fromkeys(ours, sys.executable)
     absent: dict[str, dict[str, Any]] = {}
     for peer in [*args.peers, *(["reference"] if args.reference else [])]:
@@ -238,6 +243,7 @@ def main() -> None:
         job["path"] = str(args.reference.resolve()) if args.reference else ""
         # The packages have no loop that would be the same work.
         names = [x for x in pythons if work == "update" or x in (*OURS, "reference")]
+        names = [x for x in names if obs == "image" or x != "jaxwm_strided"]
         with tempfile.TemporaryDirectory() as folder:
 
             def start(name: str, job: dict = job, folder: str = folder) -> Worker:
@@ -246,7 +252,9 @@ def main() -> None:
                     return Worker(pythons[name], job | {"peer": name}, log, "")
                 # This package as `jaxwm train` runs it.
                 env = heap.with_large_pages(os.environ) | OURS[name]
-                return Worker(pythons[name], job | {"peer": "jaxwm"}, log, str(ROOT), env)
+                variant = "paper" if name == "jaxwm_strided" else "head"
+                job = job | {"peer": "jaxwm", "variant": variant}
+                return Worker(pythons[name], job, log, str(ROOT), env)
 
             found = summary(compare(names, start, args.repeats)) | absent
         for name, result in found.items():

@@ -1,13 +1,11 @@
 """Convolutions of images, with their gradients, in ways that are fast on CPUs too.
 
 Maps are (n, h, w, c), kernels (h, w, in, out). XLA has a fast routine for CPUs in one layout only,
-and few channels leave it idle: `convolve` brings the gradients into that layout, `convolve_pooled`
-and `convolve_doubled` make channels of pixels. All are plain convolutions, to rounding.
+without strides, and few channels leave it idle: gradients are brought into that layout, and pixels
+are made channels. All are plain convolutions, to rounding.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,98 +14,80 @@ import numpy as np
 from jaxwm.types import Array, Float
 
 Pads = tuple[tuple[int, int], ...]
+# So few channels fill neither the vectors of a product nor its columns.
+_FEW = 16
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def convolve(
-    x: Float[Array, "n h w c"], kernel: Array, stride: int, pads: Pads, dilation: int = 1
-) -> Float[Array, "n h2 w2 c2"]:
-    """Convolution of NHWC maps by an HWIO kernel; `dilation` puts zeros between pixels.
+    x: Float[Array, "n h w c"], kernel: Float[Array, "k k c o"]
+) -> Float[Array, "n h w o"]:
+    """Convolution with SAME padding.
 
-    `pads` are the zeros before and after each of h and w; an output has
-    `((h - 1) * dilation + 1 + pads - kernel) // stride + 1` pixels, likewise in w.
-    On CPU the gradients are convolutions in the one layout that XLA has a fast routine for:
-    inside a loop it runs the ones of automatic differentiation some ten times slower.
+    On CPU, if there are few channels, the pixels of a 2x2 square become channels of a smaller map,
+    from which one convolution makes the pixels of an output square: with 1.4 times the operations,
+    of 5x5 taps, in half the time.
     """
-    return _conv(x, kernel, stride, pads, dilation, 1)
+    if _in_squares(x) and min(kernel.shape[2:]) <= _FEW:
+        return _pixels(_convolve(_squares(x), *_for_squares(kernel)))
+    return _convolve(x, kernel, _same(x, kernel))
 
 
-def _convolve_forward(x, kernel, stride, pads, dilation):
-    return _conv(x, kernel, stride, pads, dilation, 1), (x, kernel)
+@jax.custom_vjp
+def convolve_strided(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "k k c o"]
+) -> Float[Array, "n h2 w2 o"]:
+    """`convolve` of stride 2: what SAME padding is missing, the larger half comes after the map.
+
+    On CPU the gradients of even maps are those of the convolution from squares of pixels, which
+    has no stride.
+    """
+    return _conv(x, kernel, _same(x, kernel, 2), 2)
 
 
-def _convolve_backward(stride, pads, dilation, saved, grad):
-    x, kernel = saved
-    if jax.default_backend() != "cpu":
-        transpose = jax.vjp(lambda x, k: _conv(x, k, stride, pads, dilation, 1), x, kernel)[1]
-        return transpose(grad)
-    to_x, to_kernel = _gradients(x.shape, kernel, grad.shape, stride, pads, dilation)
-    zero = jnp.zeros((x.shape[-1], *kernel.shape[:2], grad.shape[-1]), grad.dtype)
-
-    def add(total: Array, images: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + to_kernel(*images), None
-
-    grad_kernel = jax.lax.scan(add, zero, (_chunks(x), _chunks(grad)))[0]
-    return to_x(grad), grad_kernel.transpose(1, 2, 0, 3)
+def _strided_forward(x, kernel):
+    return convolve_strided(x, kernel), (x, kernel)
 
 
-convolve.defvjp(_convolve_forward, _convolve_backward)
+def _strided_backward(saved, grad):
+    if _in_squares(saved[0]):
+        same = lambda x, kernel: _convolve(_squares(x), *_for_squares(kernel, 2))  # noqa: E731
+    else:
+        same = lambda x, kernel: _conv(x, kernel, _same(x, kernel, 2), 2)  # noqa: E731
+    return jax.vjp(same, *saved)[1](grad)
 
 
-def _gradients(
-    x: tuple[int, ...], kernel: Array, y: tuple[int, ...], stride: int, pads: Pads, dilation: int
-) -> tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]:
-    """Of convolutions from shape `x` to `y`: gradient to map, map and gradient to (i, h, w, o)."""
-    to_x, to_kernel = [], []
-    for axis in (1, 2):
-        size = kernel.shape[axis - 1]
-        wide_x = (x[axis] - 1) * dilation + 1
-        wide_grad = (y[axis] - 1) * stride + 1
-        low = pads[axis - 1][0]
-        before = size - 1 - low
-        to_x.append((before, wide_x + size - 1 - wide_grad - before))
-        to_kernel.append((low, size - 1 + wide_grad - wide_x - low))
-    flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+convolve_strided.defvjp(_strided_forward, _strided_backward)
 
-    def correlate(x: Array, grad: Array) -> Array:
-        # Channels and batch change places: the correlation of the maps with their gradients.
-        maps, windows = x.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3)
-        return _conv(maps, windows, 1, to_kernel, dilation, stride)
 
-    return lambda grad: _conv(grad, flipped, dilation, to_x, stride, 1), correlate
+def _in_squares(x: Array) -> bool:
+    """Whether squares of a map are better convolved than the map."""
+    return jax.default_backend() == "cpu" and x.shape[1] % 2 == x.shape[2] % 2 == 0
+
+
+def _same(x: Array, kernel: Array, stride: int = 1) -> Pads:
+    short = [max(kernel.shape[0] - (n % stride or stride), 0) for n in x.shape[1:3]]
+    return tuple((n // 2, n - n // 2) for n in short)
 
 
 def convolve_pooled(
     x: Float[Array, "n h w c"], kernel: Float[Array, "k k c o"]
 ) -> Float[Array, "n h2 w2 o"]:
-    """`max_pool(convolve(x, kernel))` with SAME padding, of maps of even height and width.
+    """`max_pool(convolve(x, kernel))`, of maps of even height and width.
 
     On CPU a few images at a time are convolved and pooled, so that what is pooled stays in the
-    cache. Few channels fill neither the vectors of a product nor its columns: for them the pixels
-    of a 2x2 square become channels of a smaller map, from which one convolution makes those of an
-    output square, with 1.4 times the operations in half the time.
+    cache.
     """
-    size, inputs = kernel.shape[1:3]
-    low, high = (size - 1) // 2, size // 2
-    pads = ((low, high),) * 2
     if jax.default_backend() != "cpu":
-        return max_pool(convolve(x, kernel, 1, pads))
-    if inputs > 16:
-        return _pooled(x, kernel, pads, False)
-    before, after = (low + 1) // 2, (high + 1) // 2
-    pixels = np.arange(2 * (before + 1 + after)).reshape(-1, 2)
-    # taps[a, t, s, p]: at position a, tap t falls on pixel p of square s of the window.
-    place = np.arange(2)[:, None] + np.arange(size) - low + 2 * before
-    taps = (place[..., None, None] == pixels).astype(kernel.dtype)
-    merged = jnp.einsum("atsp,buvq,tuio->svpqiabo", taps, taps, kernel)
-    merged = merged.reshape(*merged.shape[:2], 4 * inputs, -1)
-    return _pooled(x, merged, ((before, after),) * 2, True)
+        return max_pool(convolve(x, kernel))
+    if kernel.shape[2] > _FEW:
+        return _pooled(x, kernel, _same(x, kernel), False)
+    return _pooled(x, *_for_squares(kernel), True)
 
 
 def convolve_doubled(
     x: Float[Array, "n h w c"], kernel: Float[Array, "k k c o"]
 ) -> Float[Array, "n h2 w2 o"]:
-    """`convolve(upsample(x), kernel)` with SAME padding, of odd kernels.
+    """`convolve(upsample(x), kernel)`, of odd kernels.
 
     The doubled map is never made. Of a kernel's taps on it several meet the same pixel of the
     map itself, so that each of the four positions within a doubled pixel is a smaller
@@ -115,14 +95,95 @@ def convolve_doubled(
     the type of `kernel`, which may be wider than that of `x`.
     """
     size = kernel.shape[0]
-    half = size // 2
-    reach = (half + 1) // 2
-    # taps[a, s, t]: at position a, tap t of the kernel falls on pixel s of the window.
-    place = (np.arange(2)[:, None] + np.arange(size) - half) // 2 + reach
-    taps = (place[:, None] == np.arange(2 * reach + 1)[:, None]).astype(kernel.dtype)
-    merged = jnp.einsum("ast,buv,tvio->suiabo", taps, taps, kernel)
-    merged = merged.reshape(*merged.shape[:3], -1).astype(x.dtype)
-    return _pixels(convolve(x, merged, 1, ((reach, reach),) * 2))
+    merged, pads = _merged(kernel, (np.arange(2)[:, None] + np.arange(size) - size // 2) // 2)
+    return _pixels(_convolve(x, merged.astype(x.dtype), pads))
+
+
+def convolve_transposed(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "k k c o"]
+) -> Float[Array, "n h2 w2 o"]:
+    """`convolve` of a map with the pixels of `x` at odd places and zeros between, of odd kernels.
+
+    On CPU that map is never made, see `convolve_doubled`.
+    """
+    size, half = kernel.shape[0], kernel.shape[0] // 2
+    if jax.default_backend() != "cpu":
+        return _conv(x, kernel, ((half + 1, half),) * 2, dilation=2)
+    merged, pads = _merged(kernel, (np.arange(2)[:, None] + np.arange(size) - half - 1) / 2)
+    return _pixels(_convolve(x, merged, pads))
+
+
+def _for_squares(kernel: Array, stride: int = 1) -> tuple[Array, Pads]:
+    """`_merged`, from the 2x2 squares of a map to such squares or, with stride 2, to pixels."""
+    size = kernel.shape[0]
+    low = max(size - stride, 0) // 2
+    return _merged(kernel, np.arange(2 // stride)[:, None] + np.arange(size) - low, 2)
+
+
+def _merged(kernel: Array, place: np.ndarray, reads: int = 1) -> tuple[Array, Pads]:
+    """The kernel of a convolution from squares of pixels to squares of pixels, and its pads.
+
+    Args:
+      kernel: (k, k, i, o).
+      place: (makes, k), the pixel, counted from the first of its square, on which each tap falls
+        for each output pixel of a square, in height as in width; between pixels there are zeros.
+      reads: height and width of the squares that are read.
+
+    Returns:
+      Of (s, s, reads * reads * i, makes * makes * o).
+    """
+    meets = place[place % 1 == 0]
+    before, after = int(-meets.min() + reads - 1) // reads, int(meets.max()) // reads
+    pixels = np.arange(-reads * before, reads * (after + 1)).reshape(-1, reads)
+    # taps[a, t, s, p]: at position a, tap t falls on pixel p of square s of the window.
+    taps = (place[..., None, None] == pixels).astype(kernel.dtype)
+    merged = jnp.einsum("atsp,buvq,tuio->svpqiabo", taps, taps, kernel)
+    shape = (*merged.shape[:2], reads**2 * kernel.shape[2], len(place) ** 2 * kernel.shape[3])
+    return merged.reshape(shape), ((before, after),) * 2
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x: Array, kernel: Array, pads: Pads) -> Array:
+    """A convolution of stride 1, whose gradients are convolutions in the layout that is fast.
+
+    Inside a loop XLA runs those of automatic differentiation some ten times slower on a CPU.
+    """
+    return _conv(x, kernel, pads)
+
+
+def _convolve_forward(x, kernel, pads):
+    return _conv(x, kernel, pads), (x, kernel)
+
+
+def _convolve_backward(pads, saved, grad):
+    x, kernel = saved
+    if jax.default_backend() != "cpu":
+        return jax.vjp(lambda x, kernel: _conv(x, kernel, pads), x, kernel)[1](grad)
+    zero = jnp.zeros((x.shape[-1], *kernel.shape[:2], grad.shape[-1]), grad.dtype)
+
+    def add(total: Array, images: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + _kernel_gradient(*images, pads), None
+
+    total = jax.lax.scan(add, zero, (_chunks(x), _chunks(grad)))[0]
+    return _map_gradient(grad, kernel, pads), total.transpose(1, 2, 0, 3)
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _map_gradient(grad: Array, kernel: Array, pads: Pads) -> Array:
+    """Gradient to the map of a convolution."""
+    flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    sides = zip(kernel.shape, pads, strict=False)
+    return _conv(grad, flipped, tuple((k - 1 - low, k - 1 - high) for k, (low, high) in sides))
+
+
+def _kernel_gradient(x: Array, grad: Array, pads: Pads) -> Array:
+    """Gradient to the kernel of a convolution, as (i, h, w, o): of the maps with their gradients.
+
+    Channels and batch change places.
+    """
+    return _conv(x.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3), pads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -139,7 +200,7 @@ def _pooled(
 
 def _pooled_forward(x, kernel, pads, squares):
     def largest(x: Array) -> tuple[Array, Array]:
-        y = _conv(_squares(x) if squares else x, kernel, 1, pads, 1, 1)
+        y = _conv(_squares(x) if squares else x, kernel, pads)
         parts = jnp.split(y if squares else _squares(y), 4, -1)
         most = functools.reduce(jnp.maximum, parts)
         bits = [(part == most).astype(jnp.uint8) << i for i, part in enumerate(parts)]
@@ -151,9 +212,8 @@ def _pooled_forward(x, kernel, pads, squares):
 
 def _pooled_backward(pads, squares, saved, grad):
     x, kernel, where = saved
-    read = jax.eval_shape(_squares, x).shape if squares else x.shape
-    to_x, to_kernel = _gradients(read, kernel, read, 1, pads, 1)
-    zero = jnp.zeros((read[-1], *kernel.shape[:2], kernel.shape[-1]), grad.dtype)
+    size, _, inputs, outputs = kernel.shape
+    zero = jnp.zeros((inputs, size, size, outputs), grad.dtype)
 
     def add(total: Array, images: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         x, where, grad = images
@@ -161,9 +221,10 @@ def _pooled_backward(pads, squares, saved, grad):
         share = grad / jax.lax.population_count(where).astype(grad.dtype)
         grad = jnp.concatenate([jnp.where(where & (1 << i), share, 0) for i in range(4)], -1)
         if squares:
-            return total + to_kernel(_squares(x), grad), _pixels(to_x(grad))
+            grad_x = _pixels(_map_gradient(grad, kernel, pads))
+            return total + _kernel_gradient(_squares(x), grad, pads), grad_x
         grad = _pixels(grad)
-        return total + to_kernel(x, grad), to_x(grad)
+        return total + _kernel_gradient(x, grad, pads), _map_gradient(grad, kernel, pads)
 
     total, grad_x = jax.lax.scan(add, zero, (_chunks(x), where, _chunks(grad)))
     return _joined(grad_x, x.shape[0]), total.transpose(1, 2, 0, 3)
@@ -188,14 +249,13 @@ def _joined(chunks: Array, count: int) -> Array:
     return chunks.reshape(-1, *chunks.shape[2:])[:count]
 
 
-def _conv(x: Array, kernel: Array, stride: int, pads: Any, dilation: int, spread: int) -> Array:
+def _conv(x: Array, kernel: Array, pads: Pads, stride: int = 1, dilation: int = 1) -> Array:
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
         pads,
         lhs_dilation=(dilation, dilation),
-        rhs_dilation=(spread, spread),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 

@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from jaxwm.convolutions import convolve, convolve_doubled, convolve_pooled
+from jaxwm.convolutions import (
+    convolve,
+    convolve_doubled,
+    convolve_pooled,
+    convolve_strided,
+    convolve_transposed,
+)
 from jaxwm.products import Kernel, columns, factor, kernel_of, product, recall
 from jaxwm.types import Array, Float
 
@@ -187,16 +193,27 @@ class Conv(nn.Module):
     inputs: int
     outputs: int
     kernel: int = 5
-    stride: int = 1
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c2"]:
+        kernel, bias = _conv_params(self)
+        x = convolve(x.astype(self.dtype), kernel.astype(self.dtype))
+        return x + _over(bias.astype(self.dtype), x)
+
+
+class StridedConv(nn.Module):
+    """`Conv` of stride 2: (n, h, w, c) to (n, h / 2, w / 2, outputs)."""
+
+    inputs: int
+    outputs: int
+    kernel: int = 5
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         kernel, bias = _conv_params(self)
-        # SAME padding: what is missing for whole strides, the larger half after the map.
-        short = [max(self.kernel - (n % self.stride or self.stride), 0) for n in x.shape[1:3]]
-        pads = tuple((n // 2, n - n // 2) for n in short)
-        x = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, pads)
+        x = convolve_strided(x.astype(self.dtype), kernel.astype(self.dtype))
         return x + _over(bias.astype(self.dtype), x)
 
 
@@ -240,20 +257,18 @@ class ConvTranspose(nn.Module):
     inputs: int
     outputs: int
     kernel: int = 5
-    stride: int = 2
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         kernel, bias = _conv_params(self)
-        half = self.kernel // 2
-        pads = ((half + self.stride - 1, half),) * 2
-        kernel = kernel.astype(self.dtype)
-        x = convolve(x.astype(self.dtype), kernel, 1, pads, self.stride)
+        x = convolve_transposed(x.astype(self.dtype), kernel.astype(self.dtype))
         return x + _over(bias.astype(self.dtype), x)
 
 
-def _conv_params(module: Conv | PooledConv | ConvTranspose | UpsampleConv) -> tuple[Array, Array]:
+def _conv_params(
+    module: Conv | StridedConv | PooledConv | UpsampleConv | ConvTranspose,
+) -> tuple[Array, Array]:
     shape = (module.kernel, module.kernel, module.inputs, module.outputs)
     init = truncated_normal_in(module.kernel * module.kernel * module.inputs)
     kernel = module.param("kernel", init, shape)

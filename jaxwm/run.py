@@ -116,7 +116,8 @@ def _conclude(
     """Evaluates a trained run; the first process also draws its pictures and writes its summary."""
     first = jax.process_index() == 0
     env, members = train.make_env(config), apart(made.params, config.members)
-    console.print("Trained. Evaluating, and drawing curve and dream.")
+    done = "Trained." if made.updates else _untrained(program, config)
+    console.print(f"{done} Evaluating, and drawing curve and dream.")
     returns = evaluate(program.agent_of, env, members, config, config.eval_episodes)
     lines = evaluation_lines(returns, config, made.stopped) if returns.size else []
     for line in lines:
@@ -139,6 +140,15 @@ def _conclude(
     write_summary(config, summary, lines, pictures, program.replay.nbytes * config.shards)
     console.print(f"The summary is in {folder / SUMMARY}.")
     return summary
+
+
+def _untrained(program: train.Program, config: RunConfig) -> str:
+    """Why a run has made no update."""
+    each = config.replay.updates_per_iteration(config.envs)
+    if not each:
+        return "Collected, without any update, as train_ratio is 0."
+    needed = (program.replay.warmup - 1 + math.ceil(1 / each)) * config.envs
+    return f"Nothing was learned: the first update comes with step {needed:,}. Raise --steps."
 
 
 @contextlib.contextmanager

@@ -178,8 +178,9 @@ def _module(name: str, kernel: tuple[int, ...], stride: int = 1, scale: float = 
     if len(kernel) == 3:
         blocks, inputs, outputs = kernel
         return nets.BlockLinear(blocks * inputs, blocks * outputs, blocks)
-    layer = nets.ConvTranspose if "transp" in name else nets.Conv
-    return layer(kernel[2], kernel[3], kernel[0], stride)
+    straight = nets.Conv if stride == 1 else nets.StridedConv
+    layer = nets.ConvTranspose if "transp" in name else straight
+    return layer(kernel[2], kernel[3], kernel[0])
 
 
 def layer(arrays: Arrays) -> None:

@@ -17,7 +17,6 @@ import pytest
 
 from benchmarks import compile_time, loop, memory, peers, scaling, throughput
 from benchmarks.roofline import carried_steps, count, demands, floor
-from jaxwm import convolutions
 from jaxwm.recipes import dreamer_v3
 from jaxwm.types import JaxwmError
 
@@ -57,8 +56,11 @@ def test_what_is_differentiated_or_wrapped_is_counted():
 
 @pytest.mark.parametrize(("stride", "dilation", "side"), [(1, 1, 6), (2, 1, 3), (1, 2, 11)])
 def test_a_convolution(stride, dilation, side):
-    pads = ((1, 1), (1, 1))
-    convolve = lambda x, k: convolutions.convolve(x, k, stride, pads, dilation)  # noqa: E731
+    def convolve(x, kernel):
+        steps, pads, names = (stride, stride), ((1, 1), (1, 1)), ("NHWC", "HWIO", "NHWC")
+        spread = (dilation, dilation)
+        return jax.lax.conv_general_dilated(x, kernel, steps, pads, spread, dimension_numbers=names)
+
     cost = cost_of(convolve, (2, 6, 6, 3), (3, 3, 3, 5))
     # Two maps of side * side * 5 results, each of 3 * 3 * 3 taps; of a map that is dilated by 2
     # three quarters are zeros.
@@ -222,10 +224,12 @@ def test_a_peer_that_pip_refuses_is_told_in_words(tmp_path, monkeypatch):
         peers.environment("odd", tmp_path)
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-def test_this_package_is_measured_in_a_process_of_its_own(tmp_path, shards):
-    job = {"peer": "jaxwm", "work": "update", "size": "debug", "obs": "vector", "batch": 2}
-    job |= {"length": 6, "warmup": 0, "shards": shards}
+@pytest.mark.parametrize(
+    ("obs", "variant", "shards"), [("vector", "head", 1), ("image", "paper", 2)]
+)
+def test_this_package_is_measured_in_a_process_of_its_own(tmp_path, obs, variant, shards):
+    job = {"peer": "jaxwm", "work": "update", "size": "debug", "obs": obs, "batch": 2}
+    job |= {"length": 6, "warmup": 0, "variant": variant, "shards": shards}
     worker = peers.Worker(sys.executable, job, tmp_path / "log", str(ROOT))
     try:
         assert worker.hear()["parameters"] > 1000

@@ -17,28 +17,39 @@ def normal(rng, *shape):
     return rng.normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    ("stride", "dilation", "pads"), [(1, 1, (2, 2)), (2, 1, (1, 2)), (1, 2, (3, 2))]
-)
-def test_gradients_of_convolutions_are_those_of_automatic_differentiation(
-    rng, stride, dilation, pads
-):
-    # More images than are taken at a time, and not a multiple of them.
-    x, kernel = rng.normal(size=(20, 8, 6, 3)), rng.normal(size=(5, 5, 3, 4))
-    x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
-    pads = (pads, pads)
-
-    def plain(x, kernel):
-        names = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride,) * 2, pads, (dilation,) * 2, dimension_numbers=names
-        )
-
-    want, pull = jax.vjp(plain, x, kernel)
-    got, own_pull = jax.vjp(
-        lambda x, k: convolutions.convolve(x, k, stride, pads, dilation), x, kernel
+def plain(x, kernel, stride, pads, dilation):
+    names = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride,) * 2, pads, (dilation,) * 2, dimension_numbers=names
     )
-    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("function", "sides", "channels", "size", "stride", "pads", "dilation"),
+    [
+        (convolutions.convolve, (8, 6), (3, 4), 5, 1, (2, 2), 1),
+        (convolutions.convolve, (8, 6), (3, 4), 4, 1, (1, 2), 1),
+        (convolutions.convolve, (7, 5), (3, 4), 5, 1, (2, 2), 1),
+        (convolutions.convolve, (8, 6), (17, 17), 3, 1, (1, 1), 1),
+        (convolutions.convolve_strided, (8, 6), (3, 4), 5, 2, (1, 2), 1),
+        (convolutions.convolve_strided, (8, 6), (3, 4), 4, 2, (1, 1), 1),
+        (convolutions.convolve_strided, (8, 6), (3, 4), 1, 2, (0, 0), 1),
+        (convolutions.convolve_strided, (7, 5), (3, 4), 5, 2, (2, 2), 1),
+        (convolutions.convolve_transposed, (8, 6), (3, 4), 5, 1, (3, 2), 2),
+        (convolutions.convolve_transposed, (7, 5), (3, 4), 3, 1, (2, 1), 2),
+    ],
+)
+def test_convolutions_and_gradients_are_those_of_automatic_differentiation(
+    rng, monkeypatch, backend, function, sides, channels, size, stride, pads, dilation
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # chooses the way, not the device
+    # More images than are taken at a time, and not a multiple of them.
+    x = jnp.asarray(normal(rng, 20, *sides, channels[0]))
+    kernel = jnp.asarray(normal(rng, size, size, *channels))
+    want, pull = jax.vjp(lambda x, k: plain(x, k, stride, (pads, pads), dilation), x, kernel)
+    got, own_pull = jax.vjp(function, x, kernel)
+    np.testing.assert_allclose(got, want, atol=1e-4)
     for one, other in zip(own_pull(jnp.cos(want)), pull(jnp.cos(want)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
@@ -56,7 +67,7 @@ def test_a_pooled_convolution_is_the_pool_of_a_convolution(
     pads = ((kernel - 1) // 2, kernel // 2)
 
     def pool_of_plain(x, taps):
-        y = convolutions.convolve(x, taps, 1, (pads, pads))
+        y = plain(x, taps, 1, (pads, pads), 1)
         return y.reshape(19, 4, 2, 3, 2, 4).max((2, 4))
 
     got, want = (

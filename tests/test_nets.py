@@ -206,10 +206,10 @@ def test_convolution_of_a_doubled_map(rng, kernel):
     np.testing.assert_allclose(apply(module, params, x), want, atol=1e-4)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_convolution_by_loops(rng, stride):
+@pytest.mark.parametrize(("kind", "stride"), [(nets.Conv, 1), (nets.StridedConv, 2)])
+def test_convolution_by_loops(rng, kind, stride):
     x = normal(rng, 2, 6, 6, 3)
-    module = nets.Conv(3, 4, 5, stride)
+    module = kind(3, 4)
     params = fill(module, rng, x)
     want = convolved(x, params["kernel"], params["bias"], stride)
     np.testing.assert_allclose(apply(module, params, x), want, atol=1e-4)

@@ -62,6 +62,23 @@ def test_every_chunk_is_told(finished):
     assert "loss/total" in lines[-1]
 
 
+@pytest.mark.parametrize(
+    ("ratio", "steps", "told"),
+    [
+        (2.0, 36, "Nothing was learned: the first update comes with step 40. Raise --steps."),
+        (2.0, 40, "Trained."),
+        (0.0, 40, "Collected, without any update, as train_ratio is 0."),
+    ],
+)
+def test_a_run_without_an_update_says_why(tiny, tmp_path, capsys, ratio, steps, told):
+    replay = dataclasses.replace(tiny.replay, train_ratio=ratio)
+    summary = run(
+        dataclasses.replace(tiny, steps=steps, log_every=4, replay=replay), tmp_path / "run"
+    )
+    assert f"{told} Evaluating" in capsys.readouterr().out
+    assert summary.updates == (told == "Trained.")
+
+
 @pytest.fixture
 def still(monkeypatch):
     """An agent that acts but never learns: most of a program's compile time is the learning."""

@@ -173,11 +173,9 @@ class Encoder(nn.Module):
         strided = self.config.convs == "strided"
         depths = image_stages(x.shape[1:3], self.config)
         for index, depth in enumerate(depths):
-            sizes, name = (x.shape[-1], depth, 5), f"conv{index}"
-            if strided:
-                x = nets.Conv(*sizes, 2 if index > 0 else 1, self.dtype, name=name)(x)
-            else:
-                x = nets.PooledConv(*sizes, self.dtype, name=name)(x)
+            halve = nets.StridedConv if strided else nets.PooledConv
+            conv = nets.Conv if strided and index == 0 else halve
+            x = conv(x.shape[-1], depth, dtype=self.dtype, name=f"conv{index}")(x)
             x = nets.silu(nets.RMSNorm(depth, name=f"conv_norm{index}")(x))
         return x.reshape(x.shape[0], -1)
 
