@@ -187,93 +187,64 @@ class Heads(nn.Module):
         }
 
 
-class Conv(nn.Module):
-    """Convolution of NHWC maps with SAME padding and a bias."""
+class _Convolution(nn.Module):
+    """A convolution of maps (n, h, w, inputs) by a kernel, which subclasses define, and a bias."""
 
     inputs: int
     outputs: int
     kernel: int = 5
     dtype: str = "float32"
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c2"]:
-        kernel, bias = _conv_params(self)
-        x = convolve(x.astype(self.dtype), kernel.astype(self.dtype))
-        return x + _over(bias.astype(self.dtype), x)
-
-
-class StridedConv(nn.Module):
-    """`Conv` of stride 2: (n, h, w, c) to (n, h / 2, w / 2, outputs)."""
-
-    inputs: int
-    outputs: int
-    kernel: int = 5
-    dtype: str = "float32"
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        raise NotImplementedError
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
-        kernel, bias = _conv_params(self)
-        x = convolve_strided(x.astype(self.dtype), kernel.astype(self.dtype))
+        init = truncated_normal_in(self.kernel * self.kernel * self.inputs)
+        shape = (self.kernel, self.kernel, self.inputs, self.outputs)
+        kernel = self.param("kernel", init, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+        x = self.convolve(x.astype(self.dtype), kernel)
         return x + _over(bias.astype(self.dtype), x)
 
 
-class PooledConv(nn.Module):
-    """The largest of each 2x2 square of `Conv`: (n, h, w, c) to (n, h / 2, w / 2, outputs)."""
+class Conv(_Convolution):
+    """Convolution with SAME padding: (n, h, w, inputs) to (n, h, w, outputs)."""
 
-    inputs: int
-    outputs: int
-    kernel: int = 5
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
-        kernel, bias = _conv_params(self)
-        x = convolve_pooled(x.astype(self.dtype), kernel.astype(self.dtype))
-        return x + _over(bias.astype(self.dtype), x)
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        return convolve(x, kernel.astype(x.dtype))
 
 
-class UpsampleConv(nn.Module):
-    """`Conv` of the nearest-neighbour doubling: (n, h, w, c) to (n, 2h, 2w, outputs)."""
+class StridedConv(_Convolution):
+    """`Conv` of stride 2: (n, h, w, inputs) to (n, h / 2, w / 2, outputs)."""
 
-    inputs: int
-    outputs: int
-    kernel: int = 5
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
-        kernel, bias = _conv_params(self)
-        x = convolve_doubled(x.astype(self.dtype), kernel)
-        return x + _over(bias.astype(self.dtype), x)
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        return convolve_strided(x, kernel.astype(x.dtype))
 
 
-class ConvTranspose(nn.Module):
-    """Transposed convolution of stride 2: (n, h, w, c) to (n, 2h, 2w, outputs).
+class PooledConv(_Convolution):
+    """The largest of each 2x2 square of `Conv`: to (n, h / 2, w / 2, outputs)."""
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        return convolve_pooled(x, kernel.astype(x.dtype))
+
+
+class UpsampleConv(_Convolution):
+    """`Conv` of the nearest-neighbour doubling: to (n, 2h, 2w, outputs)."""
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        return convolve_doubled(x, kernel)
+
+
+class ConvTranspose(_Convolution):
+    """Transposed convolution of stride 2: to (n, 2h, 2w, outputs).
 
     Input pixels stand at the odd positions of a map of zeros, which is then convolved with
     stride 1.
     """
 
-    inputs: int
-    outputs: int
-    kernel: int = 5
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
-        kernel, bias = _conv_params(self)
-        x = convolve_transposed(x.astype(self.dtype), kernel.astype(self.dtype))
-        return x + _over(bias.astype(self.dtype), x)
-
-
-def _conv_params(
-    module: Conv | StridedConv | PooledConv | UpsampleConv | ConvTranspose,
-) -> tuple[Array, Array]:
-    shape = (module.kernel, module.kernel, module.inputs, module.outputs)
-    init = truncated_normal_in(module.kernel * module.kernel * module.inputs)
-    kernel = module.param("kernel", init, shape)
-    bias = module.param("bias", nn.initializers.zeros, (module.outputs,))
-    return kernel, bias
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        return convolve_transposed(x, kernel.astype(x.dtype))
 
 
 def keep_products(function: Callable[..., Any]) -> Callable[..., Any]:

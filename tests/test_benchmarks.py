@@ -225,7 +225,8 @@ def test_a_peer_that_pip_refuses_is_told_in_words(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("obs", "variant", "shards"), [("vector", "head", 1), ("image", "paper", 2)]
+    ("obs", "variant", "shards"),
+    [("vector", "head", 1), ("vector", "head", 2), ("image", "paper", 2)],
 )
 def test_this_package_is_measured_in_a_process_of_its_own(tmp_path, obs, variant, shards):
     job = {"peer": "jaxwm", "work": "update", "size": "debug", "obs": obs, "batch": 2}

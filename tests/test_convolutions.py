@@ -49,7 +49,7 @@ def test_convolutions_and_gradients_are_those_of_automatic_differentiation(
     kernel = jnp.asarray(normal(rng, size, size, *channels))
     want, pull = jax.vjp(lambda x, k: plain(x, k, stride, (pads, pads), dilation), x, kernel)
     got, own_pull = jax.vjp(function, x, kernel)
-    np.testing.assert_allclose(got, want, atol=1e-4)
+    np.testing.assert_allclose(got, want, atol=1e-5)
     for one, other in zip(own_pull(jnp.cos(want)), pull(jnp.cos(want)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
