@@ -12,7 +12,7 @@ import pytest
 import jaxwm
 from jaxwm import cli, optim
 from jaxwm.recipes import dreamer_v3
-from jaxwm.report import command
+from jaxwm.run.report import command
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def started(monkeypatch):
     def run(config, folder=None, **options):
         calls.append((config, folder, options))
 
-    monkeypatch.setattr("jaxwm.run.run", run)
+    monkeypatch.setattr("jaxwm.run.loop.run", run)
     return calls
 
 
@@ -166,7 +166,7 @@ def test_an_interrupt_is_one_line_and_130(monkeypatch, capsys):
     def run(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxwm.run.resume", run)
+    monkeypatch.setattr("jaxwm.run.loop.resume", run)
     assert cli.main(["resume", "somewhere"]) == 130
     assert capsys.readouterr().err.count("\n") == 1
 

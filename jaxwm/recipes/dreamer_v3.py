@@ -17,7 +17,7 @@ steps in minutes on two CPU cores.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxwm.agent import AgentConfig
 from jaxwm.behaviors.actor_critic import ActorCriticConfig
@@ -28,7 +28,7 @@ from jaxwm.models.latents import LatentConfig
 from jaxwm.models.world_model import WorldModelConfig
 from jaxwm.optim import OptimConfig, Schedule
 from jaxwm.recipes import RunConfig
-from jaxwm.replay import ReplayConfig
+from jaxwm.replay.device import ReplayConfig
 from jaxwm.types import nearest
 
 # The one knob of the paper's sizes is the deterministic state; everything else follows.
@@ -212,8 +212,8 @@ def _of_domain(domain: Domain, env: str | None, size: str | None, variant: str) 
 
 
 def _anneal(config: RunConfig) -> RunConfig:
-    """A run whose learning rate falls linearly, to a tenth at its end."""
-    rate = config.agent.optim.learning_rate
+    """A run whose constant learning rate falls linearly instead, to a tenth at its end."""
+    rate: Any = config.agent.optim.learning_rate
     optim = dataclasses.replace(config.agent.optim, learning_rate=Schedule(rate, 0.1 * rate))
     return dataclasses.replace(config, agent=dataclasses.replace(config.agent, optim=optim))
 

@@ -189,15 +189,19 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
             return jax.lax.pmean(x, DATA)
         return jax.lax.psum_scatter(x, DATA, scatter_dimension=axis, tiled=True) / count
 
-    def total(number: Any, like: Any) -> Any:
-        return number if _cut(like.shape, count) is None else jax.lax.psum(number, DATA)
+    wholes = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(whole.params)}
+
+    def total(path: Any, number: Any) -> Any:
+        """Of the tensor at that path: optimisers ask for a part of the parameters too."""
+        cut = _cut(wholes[_name(path)].shape, count)
+        return number if cut is None else jax.lax.psum(number, DATA)
 
     return shards._replace(
         mean=lambda tree: jax.tree.map(mean, tree),
         slice=lambda state: jax.tree.map(own_slice, state),
         gather_params=lambda tree: jax.tree.map(join, tree, whole.params),
         gather_slow=lambda tree: jax.tree.map(join, tree, whole.slow.params),
-        sum_parts=lambda numbers: jax.tree.map(total, numbers, whole.params),
+        sum_parts=lambda numbers: jax.tree_util.tree_map_with_path(total, numbers),
     )
 
 
@@ -222,8 +226,8 @@ def _at_bins(function: Callable[[Any], Any], tree: Any) -> Any:
     """
 
     def leaf(path: Any, x: Any) -> Any:
-        names = jax.tree_util.keystr(path, simple=True, separator="/")
-        return function(x) if re.search("(model/reward|behavior/value)/out/", names) else x
+        bins = re.search("(model/reward|behavior/value)/out/", _name(path))
+        return function(x) if bins else x
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
@@ -241,6 +245,10 @@ def learned(layout: Layout, whole: AgentState) -> AgentState:
         return P(MEMBERS) if axis is None else P(MEMBERS, *(None,) * axis, DATA)
 
     return jax.tree.map(leads, whole)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _cut(shape: tuple[int, ...], count: int) -> int | None:
