@@ -220,14 +220,15 @@ class WorldModel(NamedTuple):
         outside any scan.
       observe: `params, carry, steps (T, B), draws (T, B) -> Observed`. Filters a real sequence;
         `is_first` rows forget the carry.
-      starts: `params, observed, key -> Start`, where dreams of that sequence begin.
+      starts: `params, observed, key=None -> Start`, where dreams of that sequence begin.
       step: `params, carry (N,), action (N,), draws (N,) -> carry, latent`, one dreamed step.
+        Discrete actions may be class indices, or one-hot vectors through which gradients flow.
       features: `latent -> (..., F)`, what heads and behaviours read: differentiable numbers.
       predict: `params, latents, keys=None -> {obs key | "reward" | "continue": distribution}` of
         `keys`, or of everything. A key that the model does not predict is absent.
       loss: `params, carry, steps (T, B), draws -> {name: losses}, Observed, metrics`.
       pack: `carry -> memo`, what the replay stores of it; `()` if nothing.
-      unpack: `memo -> carry`; the initial carry if nothing was stored.
+      unpack: `memo, batch size -> carry`; the initial carry if nothing was stored.
     """
 
     init: Callable[[Key], Params]
@@ -250,7 +251,7 @@ class Dreamer(NamedTuple):
 
     Attributes:
       draws: `key, lead -> draws`.
-      starts: `observed, key -> Start`.
+      starts: `observed, key=None -> Start`.
       step: `carry (N,), action (N,), draws (N,) -> carry, latent`.
       features: `latent -> (..., F)`.
       predict: `latents, keys=None -> {name: distribution}`.
@@ -261,6 +262,18 @@ class Dreamer(NamedTuple):
     step: Callable[..., tuple[PyTree, PyTree]]
     features: Callable[[PyTree], Array]
     predict: Callable[..., dict[str, Any]]
+
+
+class Net(NamedTuple):
+    """A network as two pure functions.
+
+    Attributes:
+      init: `key -> params`.
+      apply: `params, *inputs -> outputs`.
+    """
+
+    init: Callable[[Key], Params]
+    apply: Callable[..., Any]
 
 
 class Core(NamedTuple):
@@ -297,9 +310,9 @@ class Behavior(NamedTuple):
       initial: `params -> state`: running statistics, slow copies, target networks.
       carry: `batch size -> carry`, such as a planner's last plan; `()` for a policy.
       draws: `key, (T, B) -> draws`, every random number of one `loss`, dreams included.
-      act: `params, dreamer, carry, model_carry, latent, key, mode -> carry, action, memo`. The
-        latent (B, ...) is that of the present row, `model_carry` the model's memory after it, from
-        which planners dream.
+      act: `params, dreamer, carry, model_carry, latent, key, mode -> carry, action`. The latent
+        (B, ...) is that of the present row, `model_carry` the model's memory after it, from which
+        planners dream.
       loss: `params, state, dreamer, observed, steps (T, B), draws -> {name: losses}, state,
         metrics`.
       after: `state, params -> state`, after the optimiser's step: moves slow copies.
@@ -309,7 +322,7 @@ class Behavior(NamedTuple):
     initial: Callable[[Params], Any]
     carry: Callable[[int], PyTree]
     draws: Callable[..., PyTree]
-    act: Callable[..., tuple[PyTree, Action, PyTree]]
+    act: Callable[..., tuple[PyTree, Action]]
     loss: Callable[..., tuple[dict[str, Array], Any, Metrics]]
     after: Callable[[Any, Params], Any]
 
@@ -370,6 +383,7 @@ __all__ = [
     "Key",
     "Metrics",
     "Mode",
+    "Net",
     "ObsSpace",
     "Observed",
     "Params",
