@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxwm import backend, nets
+from jaxwm import nets
 from jaxwm.config import require
 from jaxwm.models.recurrent import sequence_by_scan
 from jaxwm.types import Array, Bool, Core, Float, Key, Params
@@ -74,29 +74,26 @@ class BlockGRU(nn.Module):
         """The action's share of the hidden layer, bias included."""
         # Clipped softly to [-1, 1], without a gradient through the divisor.
         action = action / jax.lax.stop_gradient(jnp.maximum(1.0, jnp.abs(action)))
-        x2 = nets.silu(self.in_action_norm(self.in_action(action)))
-        return self.hidden.add_bias(backend.product(x2, self._shared(2, 1)))
+        x2 = jax.nn.silu(self.in_action_norm(self.in_action(action)))
+        return self.hidden.add_bias(self.hidden.shared_rows(x2, self._shared_start(2)))
 
     def step(
         self, deter: Float[Array, "N D"], stoch: Float[Array, "N S"], embedded: Float[Array, "N D"]
     ) -> Float[Array, "N D"]:
         """One step of the recurrence, from the embedded action."""
         blocks = self.config.blocks
-        x0 = nets.silu(self.in_deter_norm(self.in_deter(deter)))
-        x1 = nets.silu(self.in_stoch_norm(self.in_stoch(stoch)))
-        own = self.hidden.rows(deter, 0)
-        shared = backend.product(jnp.concatenate([x0, x1], -1), self._shared(0, 2))
-        x = nets.silu(self.hidden_norm(own + shared + embedded))
+        x0 = jax.nn.silu(self.in_deter_norm(self.in_deter(deter)))
+        x1 = jax.nn.silu(self.in_stoch_norm(self.in_stoch(stoch)))
+        shared = self.hidden.shared_rows(jnp.concatenate([x0, x1], -1), self._shared_start(0))
+        x = jax.nn.silu(self.hidden_norm(self.hidden.rows(deter, 0) + shared + embedded))
         gates = self.gates(x).reshape(len(deter), blocks, 3, -1)
         reset, candidate, update = (gates[:, :, i].reshape(deter.shape) for i in range(3))
         update = jax.nn.sigmoid(update - 1)
         return update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * deter
 
-    def _shared(self, first: int, count: int) -> Float[Array, "inputs D"]:
-        """The kernel from some of the three projections that all blocks share."""
-        hidden = self.config.hidden
-        start = self.config.deter // self.config.blocks + first * hidden
-        return self.hidden.shared(start, count * hidden)
+    def _shared_start(self, index: int) -> int:
+        """The row of each block's kernel at which x0, x1 or x2 begins."""
+        return self.config.deter // self.config.blocks + index * self.config.hidden
 
 
 def block_gru(
