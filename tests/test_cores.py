@@ -156,17 +156,17 @@ def test_a_gru_that_keeps_or_replaces_its_state():
 
 
 def test_initialisers():
-    key = jax.random.key(3)
-    planet = recurrent.planet_cell_init(key, 40, 30)
+    keys = jax.random.split(jax.random.key(3), 3)
+    planet = recurrent.planet_cell_init(keys[0], 40, 30)
     np.testing.assert_array_equal(planet["gates"]["bias"], 1.0)
     np.testing.assert_array_equal(planet["candidate"]["bias"], 0.0)
     limit = np.sqrt(6 / (70 + 60))
     kernel = np.asarray(planet["gates"]["kernel"])
     assert 0.98 * limit < np.abs(kernel).max() <= limit
     assert abs(kernel.std() - limit / np.sqrt(3)) < 0.02 * limit
-    rows = np.asarray(recurrent.keras_cell_init(key, 40, 30)["recurrent"]["kernel"])
+    rows = np.asarray(recurrent.keras_cell_init(keys[1], 40, 30)["recurrent"]["kernel"])
     np.testing.assert_allclose(rows @ rows.T, np.eye(30), atol=1e-5)
-    norm = recurrent.layer_norm_cell_init(key, 40, 30)["norm"]
+    norm = recurrent.layer_norm_cell_init(keys[2], 40, 30)["norm"]
     np.testing.assert_array_equal(norm["scale"], np.ones(90))
 
 

@@ -82,8 +82,9 @@ def normed(params: Params, name: str, x: Array) -> Array:
 def stack_init(key: Key, sizes: tuple[int, ...], norm: bool = False) -> Params:
     """Parameters of `stack`: one dense layer from each size to the next."""
     params: dict[str, Any] = {}
+    keys = jax.random.split(key, max(1, len(sizes) - 1))
     for index, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
-        params[f"dense{index}"] = dense_init(jax.random.fold_in(key, index), inputs, outputs)
+        params[f"dense{index}"] = dense_init(keys[index], inputs, outputs)
         if norm:
             params[f"norm{index}"] = layer_norm_init(outputs)
     return params
