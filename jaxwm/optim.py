@@ -286,3 +286,4 @@ def slow_copy(rate: Scalar = 0.02, every: int = 1) -> SlowCopy:
 
 
 apply_updates = optax.apply_updates
+Optimizer = optax.GradientTransformation
