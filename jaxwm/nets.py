@@ -216,11 +216,17 @@ class Heads(nn.Module):
 
     @nn.compact
     def __call__(self, x: Num[Array, "*lead inputs"]) -> dict[str, Array]:
-        sizes, options = (
-            (self.inputs, self.units, self.layers),
-            (self.norm, self.act, self.kernel_init),
-        )
-        x = MLP(*sizes, self.dtype, *options, self.hidden_scale, name="mlp")(x)
+        x = MLP(
+            self.inputs,
+            self.units,
+            self.layers,
+            dtype=self.dtype,
+            norm=self.norm,
+            act=self.act,
+            kernel_init=self.kernel_init,
+            scale=self.hidden_scale,
+            name="mlp",
+        )(x)
         return {
             name: Linear(self.units, size, self.scale, self.dtype, self.kernel_init, name=name)(x)
             for name, size in self.outputs.items()
