@@ -18,6 +18,7 @@ FLOORS = [
         "threefry",
         "config",
         "sweep",
+        "backend",
         "compiler",
         "products",
         "convolutions",
@@ -26,7 +27,7 @@ FLOORS = [
         "manifest",
         "lock",
     },
-    {"returns", "dists", "nets", "optim", "replay", "replay_host"},
+    {"returns", "dists", "nets", "nets_before", "optim", "replay", "replay_host"},
     {"envs", "models", "behaviors"},
     {"agent"},
     {"recipes"},
@@ -38,7 +39,7 @@ STRANGERS = {"envs", "models", "behaviors"}
 
 # Outside package: the files or folders of jaxwm that may import it.
 HOMES = {
-    "flax": ("nets", "models"),
+    "flax": ("nets", "nets_before", "models"),
     "distrax": ("dists",),
     "optax": ("optim",),
     "orbax": ("checkpoint",),
