@@ -29,9 +29,17 @@ from jaxwm.models.gru import BlockGRUConfig, block_gru
 from jaxwm.models.heads import Style, head, posterior
 from jaxwm.models.latents import LatentConfig, categorical
 from jaxwm.models.rssm import Head, Parts, rssm
-from jaxwm.numerics import Scalar, symexp_bins
-from jaxwm.optim import OptimConfig, laprop, square_sums
-from jaxwm.recipes import RunConfig, anneal
+from jaxwm.numerics import symexp_bins
+from jaxwm.optim import (
+    Number,
+    OptimConfig,
+    Schedule,
+    laprop,
+    numbers_at_least,
+    square_sums,
+    value_at,
+)
+from jaxwm.recipes import RunConfig
 from jaxwm.replay.device import ReplayConfig
 from jaxwm.types import (
     ALONE,
@@ -83,19 +91,19 @@ class ModelConfig:
 class LossWeights:
     """Weight of each loss in the total; "rec" is that of every observation key."""
 
-    rec: float = 1.0
-    reward: float = 1.0
-    cont: float = 1.0
-    dyn: float = 1.0
-    rep: float = 0.1
-    policy: float = 1.0
-    value: float = 1.0
-    replay_value: float = 0.3
+    rec: Number = 1.0
+    reward: Number = 1.0
+    cont: Number = 1.0
+    dyn: Number = 1.0
+    rep: Number = 0.1
+    policy: Number = 1.0
+    value: Number = 1.0
+    replay_value: Number = 0.3
 
     def __post_init__(self):
-        at_least(self, 0, *(field.name for field in dataclasses.fields(self)))
+        numbers_at_least(self, 0, *(field.name for field in dataclasses.fields(self)))
 
-    def of(self, name: str) -> Scalar:
+    def of(self, name: str) -> Number:
         """The weight of the loss `name`."""
         return getattr(self, {"continue": "cont"}.get(name, name.split("/")[0]))
 
@@ -156,10 +164,10 @@ def agent(
         shards.all_gather,
     )
     optimizer = laprop(
-        **dataclasses.asdict(config.optim),
+        **vars(config.optim),
         square_sums=lambda tree: shards.sum_parts(square_sums(tree)),
     )
-    weights = lambda name, updates: config.weights.of(name)  # noqa: E731
+    weights = lambda name, updates: value_at(config.weights.of(name), updates)  # noqa: E731
     return joint(model, behavior, weights, optimizer, shards)
 
 
@@ -369,7 +377,7 @@ def config(
         # random actions would let the cart drift away.
         base = _weigh_entropy(base, 3e-5)
     # A long balance needs a policy at rest.
-    return anneal(_weigh_observations(base, 10.0))
+    return _anneal(_weigh_observations(base, 10.0))
 
 
 def _of_domain(domain: Domain, env: str | None, size: str | None, variant: str) -> RunConfig:
@@ -386,6 +394,13 @@ def _of_domain(domain: Domain, env: str | None, size: str | None, variant: str) 
         steps=domain.steps,
         replay=ReplayConfig(capacity=capacity, train_ratio=domain.train_ratio),
     )
+
+
+def _anneal(config: RunConfig) -> RunConfig:
+    """A run whose learning rate falls linearly, to a tenth at its end."""
+    rate = config.agent.optim.learning_rate
+    optim = dataclasses.replace(config.agent.optim, learning_rate=Schedule(rate, 0.1 * rate))
+    return dataclasses.replace(config, agent=dataclasses.replace(config.agent, optim=optim))
 
 
 def _weigh_observations(config: RunConfig, weight: float) -> RunConfig:
