@@ -17,6 +17,7 @@ FLOORS = [
         "numerics",
         "threefry",
         "config",
+        "backend",
         "compiler",
         "products",
         "convolutions",
@@ -34,7 +35,7 @@ STRANGERS = {"envs", "models", "behaviors"}
 
 # Outside package: the files or folders of jaxwm that may import it.
 HOMES = {
-    "flax": ("nets", "models"),
+    "flax": ("nets", "nets_before", "models"),
     "distrax": ("dists",),
     "optax": ("optim",),
     "orbax": ("run.checkpoint",),

@@ -3,9 +3,8 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-from jaxwm.agent import AgentConfig
 from jaxwm.config import flatten, require
 from jaxwm.envs.host import HostConfig
 from jaxwm.recipes import sweep
@@ -65,7 +64,7 @@ class RunConfig:
     time_limit: int = 0
     replay: ReplayConfig = ReplayConfig()
     host: HostConfig = HostConfig()
-    agent: AgentConfig = AgentConfig()
+    agent: Any = None
     eval_episodes: int = 20
     log_every: int = 1_000
     save_every: int = 50_000

@@ -1,0 +1,1 @@
+"""Checks against arrays recorded from the original implementations, one module per system."""
