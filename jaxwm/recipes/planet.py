@@ -6,6 +6,7 @@ candidate's product. It sees images of five bits. The defaults are those of the 
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 from jaxwm.config import at_least, require
@@ -77,7 +78,7 @@ def parts(
         posterior=posterior(deter, tokens, hidden, moments, style),
         prior=head(deter, hidden, 1, moments, style),
         decoder=codecs.decoder(config.codec, obs_space, deter, latent.size, dtype),
-        observation=codecs.observation_dist,
+        observation=functools.partial(codecs.observation_dist, bits=config.bits),
         heads={"reward": normal_reward(reward, config.clip_reward)},
         order="zh",
         stored=False,
