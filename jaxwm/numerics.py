@@ -27,6 +27,11 @@ def prepend_axes(x: Shaped[Array, "..."], ndim: int) -> Shaped[Array, "..."]:
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
+def wide(x: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x` in float32; float64 stays, which jax makes only if it is asked to."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _odd(function: Callable[[Array], Array], x: Array) -> Array:
     """`function(|x|)` with the sign of x; unlike `sign(x) * f(abs(x))` smooth at zero."""
     x = x.astype(jnp.float32)
@@ -158,20 +163,6 @@ def logsumexp(logits: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
     """`log(sum(exp(logits)))` over the last axis, which must be finite."""
     peak = _peak(logits)
     return jnp.log(jnp.sum(jnp.exp(logits - peak), -1)) + peak[..., 0]
-
-
-@jax.custom_vjp
-def recall_logsumexp(
-    known: Float[Array, "*batch"], logits: Float[Array, "*batch n"]
-) -> Float[Array, "*batch"]:
-    """`known`, which is `logsumexp(logits)` from before, with the gradient of computing it."""
-    return known
-
-
-recall_logsumexp.defvjp(
-    lambda known, logits: (known, (known, logits)),
-    lambda saved, grad: (None, grad[..., None] * jnp.exp(saved[1] - saved[0][..., None])),
-)
 
 
 def _peak(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
