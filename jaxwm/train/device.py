@@ -130,9 +130,7 @@ def _chunk(
     return chunk
 
 
-def collect(
-    state: TrainState, act: Callable[..., Any], env: Env, memory: Replay
-) -> TrainState:
+def collect(state: TrainState, act: Callable[..., Any], env: Env, memory: Replay) -> TrainState:
     """Acts on the present rows, stores them with their memos, steps the environments.
 
     Args:

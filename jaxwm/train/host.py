@@ -276,7 +276,5 @@ class Learner:
         self._rest = self._rest._replace(buffer=buffer, clock=clock)
 
     def _improve(self, due: int) -> Params:
-        self._params, self._rest = self._learn(
-            self._params, self._key, self._rest, np.int32(due)
-        )
+        self._params, self._rest = self._learn(self._params, self._key, self._rest, np.int32(due))
         return jax.block_until_ready(self._params)

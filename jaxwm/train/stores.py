@@ -51,9 +51,7 @@ def without_acting(state: TrainState) -> TrainState:
     return state._replace(key=(), agent=agent, env=(), row=(), carry=(), episodes=())
 
 
-def on_device(
-    config: RunConfig, agent_of: AgentOf, memory: Replay, rhythm: Rhythm
-) -> Store:
+def on_device(config: RunConfig, agent_of: AgentOf, memory: Replay, rhythm: Rhythm) -> Store:
     """A replay in the device's memory: all updates of a round are one program."""
 
     def several(
