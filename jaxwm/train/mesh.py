@@ -8,9 +8,9 @@ ended episodes.
 
 The devices form a mesh with the axes "members" and "data". Each device holds some of the members,
 and some of the shards of those. `jax.vmap` maps a device's members and shards, `jax.shard_map` the
-devices; so shards meet over two axes, "shards" within a device and "data" across them. The number of
-devices decides only where things lie. The results are equal up to float rounding until rounding flips
-a sampled class; from there the runs diverge.
+devices; so shards meet over two axes, "shards" within a device and "data" across them. The number
+of devices decides only where things lie. The results are equal up to float rounding until rounding
+flips a sampled class; from there the runs diverge.
 
 A `PartitionSpec` of "shards" and "members" says which axes an array leads with. A layout drops the
 axes of which it has only one.
