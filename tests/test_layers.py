@@ -17,12 +17,13 @@ FLOORS = [
         "numerics",
         "threefry",
         "config",
+        "backend",
         "compiler",
         "products",
         "convolutions",
         "heap",
     },
-    {"returns", "dists", "nets", "optim", "replay"},
+    {"returns", "dists", "nets", "nets_before", "optim", "replay"},
     {"envs", "models", "behaviors"},
     {"agent"},
     {"recipes"},
@@ -34,7 +35,7 @@ STRANGERS = {"envs", "models", "behaviors"}
 
 # Outside package: the files or folders of jaxwm that may import it.
 HOMES = {
-    "flax": ("nets", "models"),
+    "flax": ("nets", "nets_before", "models"),
     "distrax": ("dists",),
     "optax": ("optim",),
     "orbax": ("run.checkpoint",),

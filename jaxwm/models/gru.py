@@ -21,7 +21,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxwm import nets, products
+from jaxwm import nets_before as nets
+from jaxwm import products
 from jaxwm.types import Array, Float, JaxwmError
 
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import compiler, envs, nets
+from jaxwm import backend, compiler, envs
 from jaxwm.agent import Agent, AgentState, make_agent
 from jaxwm.config import require
 from jaxwm.envs import check, wrappers
@@ -252,7 +252,7 @@ def agents(
         return make_agent(sweep.put(config, values).agent, *spaces, shards) if values else plain
 
     # Whole updates: members meet nowhere within, and each has the cache for itself.
-    update = nets.one_by_one(lambda values, *given: made(values).update(*given))
+    update = backend.one_by_one(lambda values, *given: made(values).update(*given))
 
     def agent_of(values: dict[str, Any]) -> Agent:
         agent = made(values)
