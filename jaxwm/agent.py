@@ -173,7 +173,7 @@ def make_agent(
         config.behavior, action_space, model, feature_size, dtype, shards.all_gather
     )
     squares = lambda tree: shards.sum_parts(square_sums(tree))  # noqa: E731
-    optimizer = laprop(**dataclasses.asdict(config.optim), square_sums=squares)
+    optimizer = laprop(**vars(config.optim), square_sums=squares)
     slow = slow_copy(config.slow_rate)
 
     def init(key: Key) -> AgentState:

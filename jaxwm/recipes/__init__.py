@@ -123,19 +123,15 @@ class RunConfig:
                 sweep.check(self, index)
 
     @property
+    def updates(self) -> int:
+        """Updates of each member in the whole run."""
+        batch = self.replay.batch_size * self.replay.batch_length
+        return int(self.steps * self.replay.train_ratio / batch)
+
+    @property
     def members(self) -> int:
         """What trains side by side in one program: every setting of the sweep with every seed."""
         return len(sweep.settings(self)) * self.seeds
-
-
-def anneal(config: RunConfig) -> RunConfig:
-    """A run whose learning rate falls to its end."""
-    replay, agent = config.replay, config.agent
-    updates = int(config.steps * replay.train_ratio / (replay.batch_size * replay.batch_length))
-    # A run that ends in its warmup has nothing to fall from.
-    updates = max(updates, agent.optim.warmup_steps + 1)
-    optim = dataclasses.replace(agent.optim, anneal_steps=updates)
-    return dataclasses.replace(config, agent=dataclasses.replace(agent, optim=optim))
 
 
 def recipes() -> dict[str, Callable[..., RunConfig]]:

@@ -26,8 +26,8 @@ from jaxwm.models.encoders import CodecConfig
 from jaxwm.models.gru import BlockGRUConfig
 from jaxwm.models.latents import LatentConfig
 from jaxwm.models.world_model import WorldModelConfig
-from jaxwm.optim import OptimConfig
-from jaxwm.recipes import RunConfig, anneal
+from jaxwm.optim import OptimConfig, Schedule
+from jaxwm.recipes import RunConfig
 from jaxwm.replay.device import ReplayConfig
 from jaxwm.types import nearest
 
@@ -192,7 +192,7 @@ def config(
         # random actions would let the cart drift away.
         base = _weigh_entropy(base, 3e-5)
     # A long balance needs a policy at rest.
-    return anneal(_weigh_observations(base, 10.0))
+    return _anneal(_weigh_observations(base, 10.0))
 
 
 def _of_domain(domain: Domain, env: str | None, size: str | None, variant: str) -> RunConfig:
@@ -209,6 +209,13 @@ def _of_domain(domain: Domain, env: str | None, size: str | None, variant: str) 
         steps=domain.steps,
         replay=ReplayConfig(capacity=capacity, train_ratio=domain.train_ratio),
     )
+
+
+def _anneal(config: RunConfig) -> RunConfig:
+    """A run whose learning rate falls linearly, to a tenth at its end."""
+    rate = config.agent.optim.learning_rate
+    optim = dataclasses.replace(config.agent.optim, learning_rate=Schedule(rate, 0.1 * rate))
+    return dataclasses.replace(config, agent=dataclasses.replace(config.agent, optim=optim))
 
 
 def _weigh_observations(config: RunConfig, weight: float) -> RunConfig:
