@@ -682,3 +682,4 @@ def slow_copy(rate: Scalar = 0.02, every: int = 1, first: Scalar | None = None) 
 
 
 apply_updates = optax.apply_updates
+Transformation = optax.GradientTransformation

@@ -19,15 +19,17 @@ Differences from the public implementations (vwxyzjn/cleanrl, luchris429/purejax
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxwm import dists, nets, optim
-from jaxwm.config import at_least, positive, require, share
+from jaxwm.config import at_least, positive, require, share, unchecked
 from jaxwm.numerics import (
     Running,
     Scalar,
@@ -62,6 +64,7 @@ from jaxwm.types import (
     Window,
     as_dict,
     is_image,
+    zeros,
 )
 
 sg = jax.lax.stop_gradient
@@ -72,20 +75,21 @@ class HeadsConfig:
     """The actor and the critic: one MLP each, of this form.
 
     Args:
-      units: width.
-      layers: hidden layers.
+      hidden: widths of the hidden layers; () makes actor and critic linear.
       act: activation of the hidden layers.
       kernel_init: how kernels start. "orthogonal" has the gain sqrt(2) in hidden layers, 0.01 in
         the actor's output and 1 in the critic's; the others have the scale 1 everywhere.
     """
 
-    units: int = 64
-    layers: int = 2
+    hidden: tuple[int, ...] = (64, 64)
     act: nets.Act = "tanh"
     kernel_init: nets.Init = "orthogonal"
 
     def __post_init__(self):
-        at_least(self, 1, "units", "layers")
+        require(
+            all(units >= 1 for units in self.hidden),
+            f"HeadsConfig.hidden is {self.hidden}; every layer must have at least one unit.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,15 +291,13 @@ def ppo(
         whole = isinstance(action_space, Mapping)
         return carry, action if whole else action["action"], memo
 
-    def update(
-        state: AgentState, window: Window, key: Key
-    ) -> tuple[AgentState, None, Metrics]:
+    def update(state: AgentState, window: Window, key: Key) -> tuple[AgentState, None, Metrics]:
         params, rest = state
         rewards = _reward_statistics(rest.rewards, window, shards)
         batch = batch_of(config, window, rewards)
-        learn = _gradient_step(config, networks, optimizer, shards, batch, rest.updates)
+        learn = gradient_step(at_update(config, rest.updates), networks, optimizer, batch, shards)
         params, opt, metrics = _epochs(config, learn, (params, rest.opt), batch, key)
-        metrics |= {"value/explained_variance": _explained(batch)}
+        metrics |= {"value/explained_variance": _explained(batch, shards.mean)}
         params = _observe(params, window.steps.obs, shards)
         return AgentState(params, Rest(opt, rest.updates + 1, rewards)), None, metrics
 
@@ -322,9 +324,7 @@ def batch_of(config: PPOConfig, window: Window, rewards: Running | tuple[()] = (
     of_column = functools.partial(generalized_advantage, truncation=config.truncation)
     of_columns = jax.vmap(of_column, in_axes=(1, 1, 1, 1, 1, None, None), out_axes=1)
     flags = steps.is_first, steps.is_last, steps.is_terminal
-    advantage, weight = of_columns(
-        reward, *flags, memo["value"], config.discount, config.lambda_
-    )
+    advantage, weight = of_columns(reward, *flags, memo["value"], config.discount, config.lambda_)
     value = memo["value"][:-1]
     flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)  # noqa: E731
     before = lambda tree: flat(jax.tree.map(lambda x: x[:-1], tree))  # noqa: E731
@@ -363,52 +363,86 @@ def _epochs(
     return params, opt, jax.tree.map(jnp.mean, metrics)
 
 
-def _gradient_step(
+def at_update(config: PPOConfig, updates: Array | int) -> PPOConfig:
+    """The hyperparameters after so many updates: schedules become numbers."""
+    names = ("clip", "value_clip", "value", "entropy", "learning_rate")
+    return unchecked(config, **{name: value_at(getattr(config, name), updates) for name in names})
+
+
+def objective(
     config: PPOConfig,
     networks: Networks,
-    optimizer: Any,
-    shards: Shards,
+    params: Params,
     batch: Batch,
-    updates: Array,
-) -> Callable[..., Any]:
-    """`(params, opt), rows, there -> (params, opt), metrics`: one step on some rows of a batch."""
-    now = lambda name: value_at(getattr(config, name), updates)  # noqa: E731
+    advantage: Float[Array, " N"],
+    count: Scalar,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss of a minibatch: policy + config.value * value - config.entropy * entropy.
 
-    def loss(params: Params, part: Batch, advantage: Array, count: Array) -> tuple[Array, Metrics]:
-        policy, value = networks.apply(params, part.obs)
-        log_prob = _log_prob(policy, part.action)
-        each = clipped_losses(log_prob, value, advantage, part, now("clip"), now("value_clip"))
-        entropy: Any = sum(dist.entropy() for dist in policy.values())
-        mean = {name: (part.weight * x).sum() / count for name, x in each.items()}
-        mean |= {"entropy": (part.weight * entropy).sum() / count}
-        total = mean["policy"] + now("value") * mean["value"] - now("entropy") * mean["entropy"]
-        return total, {
-            "loss/policy": mean["policy"],
-            "loss/value": mean["value"],
-            "loss/total": total,
-            "policy/entropy": mean["entropy"],
-            "policy/kl": mean["kl"],
-            "policy/clipped": mean["clipped"],
-        }
+    Args:
+      config: hyperparameters, without schedules.
+      networks: the actor and the critic.
+      params: their parameters.
+      batch: the minibatch.
+      advantage: its advantages, normalised or not.
+      count: what sums over actions are divided by; without shards the sum of the weights.
+
+    Returns:
+      The loss, and metrics.
+    """
+    policy, value = networks.apply(params, batch.obs)
+    log_prob = _log_prob(policy, batch.action)
+    each = clipped_losses(log_prob, value, advantage, batch, config.clip, config.value_clip)
+    each |= {"entropy": sum(dist.entropy() for dist in policy.values())}
+    mean = {name: (batch.weight * x).sum() / count for name, x in each.items()}
+    total = mean["policy"] + config.value * mean["value"] - config.entropy * mean["entropy"]
+    return total, {
+        "loss/policy": mean["policy"],
+        "loss/value": mean["value"],
+        "loss/total": total,
+        "policy/entropy": mean["entropy"],
+        "policy/kl": mean["kl"],
+        "policy/kl_old": mean["kl_old"],
+        "policy/clipped": mean["clipped"],
+    }
+
+
+def gradient_step(
+    config: PPOConfig,
+    networks: Networks,
+    optimizer: optim.Transformation,
+    batch: Batch,
+    shards: Shards = ALONE,
+) -> Callable[..., Any]:
+    """`(params, opt), rows, there -> (params, opt), metrics`: one step on some rows of a batch.
+
+    Args:
+      config: hyperparameters, without schedules.
+      networks: the actor and the critic.
+      optimizer: gives what to subtract, in units of the learning rate.
+      batch: what `rows`, an array of indices, choose from. Where `there` is False, a row is
+        filling and counts for nothing.
+      shards: how the shards of the training meet.
+    """
 
     def step(learner: Any, rows: Array, there: Array) -> tuple[Any, Metrics]:
         params, opt = learner
         part = jax.tree.map(lambda x: x[rows], batch)
         part = part._replace(weight=part.weight * there)
-        advantage = normalized(
-            part.advantage, part.weight, config.normalize_advantage, shards.total
-        )
+        kind = config.normalize_advantage
+        advantage = normalized(part.advantage, part.weight, kind, shards.total)
         # All shards divide by the mean of their counts: the mean of their gradients is then that
         # of all their rows.
         count = jnp.maximum(shards.mean(part.weight.sum()), 1e-6)
+        loss = functools.partial(objective, config, networks)
         whole = shards.gather_params(params)
         gradient, metrics = jax.grad(loss, has_aux=True)(whole, part, advantage, count)
         gradient, metrics = shards.mean((gradient, metrics))
         squares = shards.sum_parts(optim.square_sums(gradient))
         metrics |= {"grad_norm": optim.global_norm(gradient, lambda _: squares)}
         change, opt = optimizer.update(gradient, opt)
-        rate = now("learning_rate")
-        params = jax.tree.map(lambda x, change: x - rate * change, params, change)
+        step_size = config.learning_rate
+        params = jax.tree.map(lambda x, change: x - step_size * change, params, change)
         return (params, opt), metrics
 
     return step
@@ -472,37 +506,21 @@ def actor_and_critic(
     Raises:
       JaxwmError: if the actor cannot take an action space.
     """
-    spaces = as_dict(action_space)
-    sizes = {name: _outputs(name, space) for name, space in spaces.items()}
+    spaces = dict(sorted(as_dict(action_space).items()))
+    sizes = [_outputs(name, space) for name, space in spaces.items()]
     boxes = {name: space for name, space in spaces.items() if isinstance(space, Box)}
     numbers = [name for name, space in obs_space.items() if _normalizable(space)]
-    heads, orthogonal = config.heads, config.heads.kernel_init == "orthogonal"
-
-    def of_size(features: int) -> tuple[nets.Heads, nets.Heads]:
-        head = functools.partial(
-            nets.Heads,
-            features,
-            heads.units,
-            heads.layers,
-            dtype=dtype,
-            norm="none",
-            act=heads.act,
-            kernel_init=heads.kernel_init,
-            hidden_scale=math.sqrt(2) if orthogonal else 1.0,
-        )
-        return head(sizes, 0.01 if orthogonal else 1.0), head({"value": 1}, 1.0)
+    encode = lambda key: encoder.apply(encoder.init(key), zeros(obs_space, (1,)))  # noqa: E731
+    token = jax.eval_shape(encode, jax.random.key(0))
+    actor = _mlp(config.heads, token.shape[-1], sum(sizes), 0.01, dtype)
+    critic = _mlp(config.heads, token.shape[-1], 1, 1.0, dtype)
 
     def init(key: Key) -> Params:
         key_encoder, key_actor, key_critic = jax.random.split(key, 3)
-        encoded = encoder.init(key_encoder)
-        obs = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in obs_space.items()}
-        features = jax.eval_shape(encoder.apply, encoded, obs).shape[-1]
-        actor, critic = of_size(features)
-        token = jnp.zeros((1, features))
         parts = {
-            "encoder": encoded,
-            "actor": actor.init(key_actor, token)["params"],
-            "critic": critic.init(key_critic, token)["params"],
+            "encoder": encoder.init(key_encoder),
+            "actor": actor.init(key_actor),
+            "critic": critic.init(key_critic),
             "log_std": {name: jnp.zeros(space.shape) for name, space in boxes.items()},
         }
         if config.normalize_obs:
@@ -514,17 +532,16 @@ def actor_and_critic(
         seen = sg(params.get("observations", {}))
         obs = obs | {name: running_normalize(seen[name], obs[name]) for name in seen}
         token = encoder.apply(params.get("encoder", {}), obs)
-        actor, critic = of_size(token.shape[-1])
-        out = nets.call(actor)(params["actor"], token)
-        value = nets.call(critic)(params["critic"], token)["value"][..., 0]
+        value = critic.apply(params["critic"], token)[..., 0]
+        outputs = jnp.split(actor.apply(params["actor"], token), np.cumsum(sizes)[:-1], -1)
         policy = {}
-        for name, space in spaces.items():
-            lead, rank = out[name].shape[:-1], len(space.shape)
+        for (name, space), out in zip(spaces.items(), outputs, strict=True):
+            lead, rank = out.shape[:-1], len(space.shape)
             if isinstance(space, Discrete):
-                logits = out[name].reshape(*lead, *space.shape, space.width)
+                logits = out.reshape(*lead, *space.shape, space.width)
                 policy[name] = dists.Categorical(logits, space.mask(), event_ndims=rank)
             else:
-                loc = out[name].reshape(*lead, *space.shape)
+                loc = out.reshape(*lead, *space.shape)
                 scale = jnp.exp(params["log_std"][name])
                 policy[name] = dists.Normal(loc, jnp.broadcast_to(scale, loc.shape), rank)
         return policy, wide(value)
@@ -532,9 +549,43 @@ def actor_and_critic(
     return Networks(init, apply)
 
 
+def _mlp(config: HeadsConfig, inputs: int, outputs: int, gain: float, dtype: str) -> Net:
+    """An MLP (..., inputs) to (..., outputs); the output has no activation.
+
+    Args:
+      config: hidden layers.
+      inputs: numbers that it reads.
+      outputs: numbers that it gives.
+      gain: of the output's kernel, if kernels are orthogonal.
+      dtype: compute type.
+    """
+    sizes = (inputs, *config.hidden, outputs)
+    gains = [*(math.sqrt(2) for _ in config.hidden), gain]
+    if config.kernel_init != "orthogonal":
+        gains = [1.0] * len(gains)
+    layers = [
+        nets.Linear(*ends, gain, dtype, config.kernel_init)
+        for ends, gain in zip(itertools.pairwise(sizes), gains, strict=True)
+    ]
+
+    def init(key: Key) -> Params:
+        keys = jax.random.split(key, len(layers))
+        blanks = [jnp.zeros((1, size)) for size in sizes[:-1]]
+        made = [x.init(k, blank) for x, k, blank in zip(layers, keys, blanks, strict=True)]
+        return {str(index): variables["params"] for index, variables in enumerate(made)}
+
+    def apply(params: Params, x: Array) -> Array:
+        for index, layer in enumerate(layers):
+            x = nets.call(layer)(params[str(index)], x)
+            if index + 1 < len(layers):
+                x = nets.ACTIVATIONS[config.act](x)
+        return x
+
+    return Net(init, apply)
+
+
 def _outputs(name: str, space: Space) -> int:
     """How many outputs of the actor an action takes."""
-    require(name != "mlp", 'An action called "mlp" has the name of a layer. Rename it.')
     if isinstance(space, Discrete):
         return math.prod(space.shape) * space.width
     if space.dtype == "float32":
@@ -556,7 +607,7 @@ def _chosen(policy: dict[str, Any], key: Key, mode: Mode) -> dict[str, Array]:
         return {name: dist.mode() for name, dist in policy.items()}
     return {
         name: policy[name].sample(seed=jax.random.fold_in(key, index))
-        for index, name in enumerate(sorted(policy))
+        for index, name in enumerate(policy)
     }
 
 
