@@ -78,8 +78,20 @@ class Case:
         value = np.asarray(value)
         return jnp.asarray(value, self.dtype if value.dtype.kind == "f" else jnp.int32)
 
-    def tolerance(self, group: str) -> float:
-        return TOLERANCES[self.dtype][group in ("grad", "update")]
+    def compare(self, name: str, ours: Any, scale: Any = 0.0) -> None:
+        """Compares a loss, a measure or what an action contributes to one.
+
+        Args:
+          name: of the recorded array.
+          ours: what we compute.
+          scale: typical size of the terms of which the array is the sum. In float32 an error
+            counts relative to it where the terms nearly cancel, as the losses of the policy do.
+        """
+        tolerance, recorded = TOLERANCES[self.dtype][0], self.recorded
+        if self.dtype == "float32":
+            largest = np.abs(recorded.peek(name)).max()
+            tolerance *= max(1.0, float(scale) / max(largest, 1e-12))
+        recorded.compare(name, ours, tolerance)
 
     def as_params(self, prefix: str, value_of: Callable[[str], Any]) -> dict[str, Any]:
         """Our tree of parameters, of the arrays under a prefix."""
@@ -93,14 +105,14 @@ class Case:
             node[leaf] = self.array(value_of(name))
         return tree
 
-    def compare_params(self, prefix: str, ours: Any, group: str) -> None:
-        """Compares our tree with the arrays under a prefix."""
+    def compare_params(self, prefix: str, ours: Any) -> None:
+        """Compares gradients or parameters with the arrays under a prefix."""
         for name in self.recorded.names(prefix + ".*"):
             path = name.removeprefix(prefix)
             leaf = ours
             for part in ("log_std/action" if path == "log_std" else path).split("/"):
                 leaf = leaf[part]
-            self.recorded.compare(name, leaf, self.tolerance(group))
+            self.recorded.compare(name, leaf, TOLERANCES[self.dtype][1])
 
     def _kernels(self, part: str) -> list[str]:
         names = self.recorded.names(rf"{self.name}/params/{part}/\d+/kernel")
@@ -154,7 +166,9 @@ def advantages(recorded: Recorded, name: str, dtype: str) -> None:
         rows = [(0.0, True, False, False, own["value"][0])]
         for t, reward in enumerate(own["reward"]):
             if own["done"][t]:
-                rows.append((reward, False, True, own["terminated"][t] > 0, own["next_value_true"][t]))
+                rows.append(
+                    (reward, False, True, own["terminated"][t] > 0, own["next_value_true"][t])
+                )
                 rows.append((0.0, True, False, False, after[t, env]))
             else:
                 rows.append((reward, False, False, False, after[t, env]))
@@ -196,10 +210,10 @@ def losses(recorded: Recorded, name: str, dtype: str) -> None:
         if not recorded.names(prefix + ".*"):
             continue
         advantage = ppo.normalized(batch.advantage, batch.weight, kind)
-        policy, value = case.networks.apply(case.params, batch.obs)
+        policy, values = case.networks.apply(case.params, batch.obs)
         log_prob = policy["action"].log_prob(batch.action)
         each = ppo.clipped_losses(
-            log_prob, value, advantage, batch, config.clip, config.value_clip
+            log_prob, values, advantage, batch, config.clip, config.value_clip
         )
 
         def loss(params, advantage=advantage):
@@ -209,19 +223,23 @@ def losses(recorded: Recorded, name: str, dtype: str) -> None:
         gradient, means = jax.jit(jax.grad(loss, has_aux=True))(case.params)
         ours = {
             "logp_new": log_prob,
-            "value_new": value,
+            "value_new": values,
             "entropy_each": policy["action"].entropy(),
             "adv_normalised": advantage,
             **{theirs: each[ours] for theirs, ours in EACH.items()},
             **{theirs: means[ours] for theirs, ours in MEANS.items()},
         }
-        for theirs, value in ours.items():
-            recorded.compare(prefix + theirs, value, case.tolerance("loss"))
+        # Probabilities and ratios are of the order of 1, and so are their logarithms.
+        scales = dict.fromkeys(("logp_new", "entropy_each", "entropy"), 1.0)
+        scales |= dict.fromkeys(("approx_kl", "approx_kl_old"), 1.0)
+        scales |= dict.fromkeys(("pg_loss", "total"), jnp.abs(each["policy"]).mean())
+        for theirs, array in ours.items():
+            case.compare(prefix + theirs, array, scales.get(theirs, 0.0))
         if f"{prefix}total_float32" in recorded and dtype == "float32":
-            recorded.compare(f"{prefix}total_float32", means["loss/total"], 1e-5)
+            case.compare(f"{prefix}total_float32", means["loss/total"], scales["total"])
         norm = ppo.optim.global_norm(gradient)
-        recorded.compare(f"{prefix}grad_norm", norm, case.tolerance("grad"))
-        case.compare_params(f"{prefix}grad/", gradient, "grad")
+        recorded.compare(f"{prefix}grad_norm", norm, TOLERANCES[dtype][1])
+        case.compare_params(f"{prefix}grad/", gradient)
 
 
 @in_both_types
@@ -234,7 +252,7 @@ def updates(recorded: Recorded, name: str, dtype: str) -> None:
     learner = case.params, optimizer.init(case.params)
     for group in recorded.groups(rf"{name}/(update\d+)/.*"):
         learner, _ = step(learner, rows, jnp.ones(rows.shape, bool))
-        case.compare_params(f"{name}/{group}/", learner[0], "update")
+        case.compare_params(f"{name}/{group}/", learner[0])
 
 
 CHECKS = [
