@@ -20,7 +20,7 @@ from benchmarks.lines import emit, in_words, machine, number, parser_of
 from jaxwm import train
 from jaxwm.envs.host import HostConfig
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay import ReplayConfig
+from jaxwm.replay.device import ReplayConfig
 from jaxwm.types import Box, Discrete, HostEnv
 
 KINDS = ("raise", "hang", "kill", "nan", "shape")

@@ -17,10 +17,12 @@ from typing import Any
 import jax
 
 from benchmarks.lines import emit, in_words, machine, number, parser_of
-from jaxwm import heap, memory, mesh, train
+from jaxwm import heap, train
 from jaxwm.agent import compute_dtype
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay import ReplayConfig
+from jaxwm.replay.device import ReplayConfig
+from jaxwm.run import memory
+from jaxwm.train import mesh
 from jaxwm.types import Env
 
 ENV = "gymnax/CartPole-v1"

@@ -20,7 +20,7 @@ from benchmarks.throughput import OBS, spaces
 from jaxwm import compiler
 from jaxwm.agent import AgentConfig, compute_dtype
 from jaxwm.recipes import dreamer_v3
-from jaxwm.replay import ReplayConfig, device_bytes, replay
+from jaxwm.replay.device import ReplayConfig, device_bytes, replay
 from jaxwm.types import zeros
 
 DTYPES = ("float32", "bfloat16")

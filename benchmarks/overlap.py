@@ -20,7 +20,7 @@ from benchmarks.throughput import spaces, synthetic
 from jaxwm import train
 from jaxwm.envs.host import HostConfig, Pool, cores
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay import ReplayConfig
+from jaxwm.replay.device import ReplayConfig
 from jaxwm.types import HostEnv
 
 

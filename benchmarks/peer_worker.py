@@ -35,9 +35,9 @@ def jaxwm_update(job: dict[str, Any]) -> Built:
 
     from benchmarks.loop import training
     from benchmarks.roofline import updating, work
-    from jaxwm import mesh
     from jaxwm.agent import compute_dtype
     from jaxwm.recipes import dreamer_v3
+    from jaxwm.train import mesh
 
     batch, length = job["batch"], job["length"]
     config = training(job["size"], batch, ratio=1, batch=batch, length=length)
@@ -55,7 +55,7 @@ def jaxwm_loop(job: dict[str, Any]) -> Built:
     import jax
 
     from benchmarks.loop import Run, training
-    from jaxwm import mesh
+    from jaxwm.train import mesh
 
     config = training(job["size"], job["envs"], job["ratio"], job["batch"], job["length"])
     config = dataclasses.replace(config, shards=job["shards"])

@@ -25,14 +25,15 @@ from jax.extend import core
 from benchmarks.lines import emit, in_words, machine, number, parser_of, seconds
 from benchmarks.loop import training
 from benchmarks.throughput import OBS, spaces, synthetic
-from jaxwm import compiler, heap, mesh
+from jaxwm import compiler, heap
 from jaxwm.agent import AgentConfig, compute_dtype, make_agent
 from jaxwm.envs import wrappers
-from jaxwm.mesh import P
 from jaxwm.models.encoders import Decoder, Encoder
 from jaxwm.optim import apply_updates, laprop, slow_copy
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay import ReplayConfig, replay
+from jaxwm.replay.device import ReplayConfig, replay
+from jaxwm.train import mesh
+from jaxwm.train.mesh import P
 
 SIZES = ("nano", *dreamer_v3.DETER)
 

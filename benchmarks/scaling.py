@@ -23,10 +23,11 @@ from benchmarks.lines import emit, in_words, machine, number, parser_of, seconds
 from benchmarks.loop import Run, collecting, training
 from benchmarks.roofline import demands, work
 from benchmarks.throughput import synthetic
-from jaxwm import compiler, heap, mesh
+from jaxwm import compiler, heap
 from jaxwm.agent import compute_dtype
 from jaxwm.recipes import dreamer_v3
-from jaxwm.replay import check_fits
+from jaxwm.replay.device import check_fits
+from jaxwm.train import mesh
 from jaxwm.types import JaxwmError
 
 

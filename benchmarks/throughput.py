@@ -24,7 +24,7 @@ from jaxwm import compiler, heap
 from jaxwm.agent import AgentConfig, compute_dtype, make_agent
 from jaxwm.envs import wrappers
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay import ReplayConfig
+from jaxwm.replay.device import ReplayConfig
 from jaxwm.types import ActionSpace, Box, Discrete, Env, ObsSpace, Step, first, transition
 
 OBS = ("vector", "image")

@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxwm import heap, lock
+from jaxwm import heap
+from jaxwm.run import lock
+from jaxwm.run.stop import at_once
 from jaxwm.spaces import JaxwmError
-from jaxwm.stop import at_once
 
 _HELP = """\
 usage: jaxwm COMMAND ...
@@ -184,7 +185,7 @@ def _train(words: list[str]) -> None:
     _load_own(known.env)
     default = recipes()[recipe](known.env, known.size, known.variant, known.preset)
     config = _configure(recipe, default, words, parser.flags())
-    from jaxwm.run import run
+    from jaxwm.run.loop import run
 
     run(config, known.run, tensorboard=known.tensorboard)
 
@@ -225,7 +226,7 @@ def _resume(words: list[str]) -> None:
         lock.check(known.run)
     _join_processes(known)
     _load_own(known.env)
-    from jaxwm.run import resume
+    from jaxwm.run.loop import resume
 
     resume(known.run, known.steps, accept=known.accept_changes, tensorboard=known.tensorboard)
 
@@ -240,8 +241,8 @@ def _eval(words: list[str]) -> None:
     _check_range("--episodes", known.episodes, 2**31 - 1)
     _check_range("--seed", known.seed or 0, 2**32 - 1, least=0)
     _load_own(known.env)
-    from jaxwm.checkpoint import read_config
-    from jaxwm.run import diverged, evaluate_run, evaluation_lines
+    from jaxwm.run.checkpoint import read_config
+    from jaxwm.run.loop import diverged, evaluate_run, evaluation_lines
 
     returns = evaluate_run(known.run, known.episodes, known.seed)
     config = read_config(known.run)
@@ -262,12 +263,12 @@ def _checkpoints(words: list[str]) -> None:
         raise UsageError(
             "An export, and only that, needs a folder: jaxwm checkpoints RUN export FOLDER."
         )
-    from jaxwm import checkpoint
-    from jaxwm.memory import size
+    from jaxwm.run import checkpoint
+    from jaxwm.run.memory import size
 
     checkpoint.read_config(known.run)
     if known.action == "export":
-        from jaxwm.weights import export
+        from jaxwm.run.weights import export
 
         print(export(known.run, known.folder, best=known.best))
         return
@@ -299,7 +300,7 @@ def _join_processes(known: argparse.Namespace) -> None:
     explicit = known.coordinator, known.processes, known.process
     if not known.distributed and explicit == (None, None, None):
         return
-    from jaxwm.mesh import join
+    from jaxwm.train.mesh import join
 
     join(*explicit)
 
@@ -325,7 +326,7 @@ def _plot(words: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("curve.png"), help="the picture's file")
     parser.add_argument("--metric", default="episode/return", help="what to draw")
     known = parser.parse_all(words)
-    from jaxwm.plot import learning_curve
+    from jaxwm.view.plot import learning_curve
 
     print(learning_curve(known.runs, known.out, known.metric))
 
@@ -340,7 +341,7 @@ def _compare(words: list[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write numbers and verdict too")
     known = parser.parse_all(words)
     from jaxwm.evaluate.compare import compare
-    from jaxwm.plot import comparison
+    from jaxwm.view.plot import comparison
 
     result = compare(known.runs, known.task, known.method)
     picture = comparison(result, known.out)

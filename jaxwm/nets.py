@@ -1,117 +1,146 @@
-"""Layers: linear, block-linear, RMS norm, convolutions and stacks of them.
+"""Layers: linear, block-linear, norms, convolutions and stacks of them.
 
 Every layer is a flax linen module with explicit input sizes, used through the pure `init` and
-`apply`. Parameters are float32; inputs and parameters are cast to `dtype` at use. The order in
-a stack is linear (or convolution, then pooling), RMS norm, SiLU. Initialisers and norms follow
-DreamerV3 (arXiv:2301.04104).
+`apply`. Arrays have the batch first and features last. Parameters are float32; inputs and
+parameters are cast to `dtype` at use. A stack is linear (or convolution, then pooling), norm,
+activation. The defaults follow DreamerV3 (arXiv:2301.04104).
 """
 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Num
 
-from jaxwm.convolutions import (
-    convolve,
-    convolve_doubled,
-    convolve_pooled,
-    convolve_strided,
-    convolve_transposed,
-)
-from jaxwm.products import Kernel, columns, factor, kernel_of, product, recall
+from jaxwm import backend
 from jaxwm.types import Array, Float
 
 silu = nn.silu
 
+Init = Literal["truncated_normal", "glorot", "orthogonal"]
+Norm = Literal["rms", "layer", "none"]
+Act = Literal["silu", "elu", "relu", "tanh"]
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "elu": nn.elu,
+    "relu": nn.relu,
+    "tanh": jnp.tanh,
+}
+
 
 def truncated_normal_in(fan_in: int, scale: float = 1.0) -> Callable[..., Array]:
-    """Truncated normal at two deviations with standard deviation `scale * sqrt(1 / fan_in)`.
+    """Normal, truncated at two deviations, with standard deviation `scale * sqrt(1 / fan_in)`.
 
-    The factor 1.1368 undoes the shrinking of the variance by the truncation.
+    The factor 1.1368 undoes the loss of variance by the truncation.
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-        if scale == 0.0:
-            return jnp.zeros(shape, dtype)
         draw = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
         return draw * (1.1368 * fan_in**-0.5 * scale)
 
     return init
 
 
+def initializer(
+    name: Init, fan_in: int, scale: float = 1.0, in_axis: int = -2, out_axis: int = -1
+) -> Callable[..., Array]:
+    """How a kernel starts; a `scale` of 0 gives zeros.
+
+    Args:
+      name: "truncated_normal" has standard deviation `scale / sqrt(fan_in)`; "glorot" is uniform
+        with `scale * sqrt(2 / (fan_in + fan_out))`, both counted from the shape; "orthogonal" has
+        rows or columns of length `scale` that are orthogonal.
+      fan_in: numbers that one output reads.
+      scale: factor of the standard deviation, or the gain.
+      in_axis: axis of the inputs.
+      out_axis: axis of the outputs.
+    """
+    if scale == 0.0:
+        return nn.initializers.zeros
+    if name == "glorot":
+        axes = {"in_axis": in_axis, "out_axis": out_axis}
+        return nn.initializers.variance_scaling(scale**2, "fan_avg", "uniform", **axes)
+    if name == "orthogonal":
+        return nn.initializers.orthogonal(scale, column_axis=out_axis)
+    return truncated_normal_in(fan_in, scale)
+
+
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + 1e-4) * scale` over the axis of features, computed in float32."""
+    """`x / sqrt(mean(x^2) + 1e-4) * scale` over the last axis, computed in float32."""
 
     size: int
-    axis: int = -1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    def __call__(self, x: Float[Array, "*lead size"]) -> Float[Array, "*lead size"]:
         scale = self.param("scale", nn.initializers.ones, (self.size,))
         wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), self.axis, keepdims=True) + 1e-4)
-        return (wide * inverse * _over(scale, wide, self.axis)).astype(x.dtype)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + 1e-4)
+        return (wide * inverse * _last(scale, wide)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """`(x - mean) / sqrt(variance + eps) * scale + bias` over the last axis, in float32."""
+
+    size: int
+    eps: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead size"]) -> Float[Array, "*lead size"]:
+        scale = self.param("scale", nn.initializers.ones, (self.size,))
+        bias = self.param("bias", nn.initializers.zeros, (self.size,))
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, -1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + self.eps)
+        return (centred * inverse * _last(scale, wide) + _last(bias, wide)).astype(x.dtype)
+
+
+def norm_layer(norm: Norm, size: int, name: str | None = None) -> Callable[[Array], Array]:
+    """The norm of this kind; "none" is the identity and has no parameters."""
+    if norm == "none":
+        return lambda x: x
+    return RMSNorm(size, name=name) if norm == "rms" else LayerNorm(size, name=name)
 
 
 class Linear(nn.Module):
-    """`x @ kernel + bias`; `rows` applies a slice of the input rows alone.
+    """`x @ kernel + bias`; `rows` multiplies with some of the kernel's rows alone.
 
-    Splitting a product by rows lets what does not depend on a scan's carry be computed for
-    all steps at once, outside the scan.
+    Splitting a product by rows allows computing the share of inputs that do not depend on a
+    scan's carry for all steps at once, outside the scan.
     """
 
     inputs: int
     outputs: int
     scale: float = 1.0
     dtype: str = "float32"
+    kernel_init: Init = "truncated_normal"
 
     def setup(self):
-        init = truncated_normal_in(self.inputs, self.scale)
+        init = initializer(self.kernel_init, self.inputs, self.scale)
         self.kernel = self.param("kernel", init, (self.inputs, self.outputs))
         self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
 
     def __call__(self, x: Num[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
-        if self.has_variable("joint", "product"):  # see `abreast`
-            known = self.get_variable("joint", "product")
-        elif self.has_variable("products", "product"):
-            known = self.get_variable("products", "product")
-            known = recall(known, factor(x, self.dtype), self.kernel.astype(self.dtype))
-        else:
-            known = self.rows(x, 0)
-        if self.is_mutable_collection("products"):
-            self.put_variable("products", "product", known)
-        return self.add_bias(known)
-
-    def laid_out(self, size: int) -> Kernel:
-        """The first `size` rows, for `columns`."""
-        return kernel_of(self.kernel[:size], self.dtype)
+        return self.add_bias(self.rows(x, 0))
 
     def rows(self, x: Num[Array, "*lead part"], start: int) -> Float[Array, "*lead outputs"]:
         """`x @ kernel[start : start + part]`, without the bias."""
         kernel = self.kernel[start : start + x.shape[-1]]
-        return product(factor(x, self.dtype), kernel.astype(self.dtype))
+        return backend.product(x.astype(self.dtype), kernel.astype(self.dtype))
 
-    def columns(self, x: Float[Array, "inputs N"]) -> Float[Array, "N outputs"]:
-        """`x.T @ kernel`, without the bias."""
-        turned = columns(self.laid_out(self.inputs), x.astype(self.dtype))
-        # The barrier keeps the compiler from transposing the larger x instead.
-        return jax.lax.optimization_barrier(turned).T
-
-    def add_bias(self, x: Float[Array, "*shape"], axis: int = -1) -> Float[Array, "*shape"]:
-        return x + _over(self.bias.astype(self.dtype), x, axis)
+    def add_bias(self, x: Float[Array, "*lead outputs"]) -> Float[Array, "*lead outputs"]:
+        return x + _last(self.bias.astype(self.dtype), x)
 
 
 class BlockLinear(nn.Module):
     """`blocks` independent linear maps over equal contiguous slices of the input.
 
-    The fan-in of the initialiser is the full input size, as in the reference, so kernels start
-    smaller by `sqrt(blocks)` than their own inputs would ask for.
+    The fan-in of the initialiser is the full input size, as in the reference implementation.
+    Kernels therefore start smaller by `sqrt(blocks)` than their own inputs would ask for.
     """
 
     inputs: int
@@ -125,51 +154,54 @@ class BlockLinear(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
 
     def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
-        grouped = x.reshape(*x.shape[:-1], self.blocks, -1)
-        flat = self.rows(grouped, 0).reshape(*x.shape[:-1], self.outputs)
-        return self.add_bias(flat)
+        return self.add_bias(self.rows(x, 0))
 
-    def rows(self, x: Float[Array, "*lead G part"], start: int) -> Float[Array, "*lead G out"]:
-        """Each block's `x[..., g, :] @ kernel[g, start : start + part]`, without the bias."""
-        kernel = self.kernel[:, start : start + x.shape[-1]]
-        return jnp.einsum("...gi,gio->...go", x.astype(self.dtype), kernel.astype(self.dtype))
+    def rows(self, x: Float[Array, "*lead part"], start: int) -> Float[Array, "*lead outputs"]:
+        """Each block's slice of `x`, times as many rows of its kernel from `start`; no bias."""
+        kernel = self.kernel[:, start : start + x.shape[-1] // self.blocks]
+        return backend.block_product(x.astype(self.dtype), kernel.astype(self.dtype))
 
-    def laid_out(self, size: int) -> Kernel:
-        """Each block's first `size` rows, for `columns`."""
-        return kernel_of(self.kernel[:, :size], self.dtype)
+    def shared_rows(
+        self, x: Float[Array, "*lead part"], start: int
+    ) -> Float[Array, "*lead outputs"]:
+        """All of `x`, which every block reads, times rows of each kernel from `start`; no bias."""
+        rows = self.kernel[:, start : start + x.shape[-1]].transpose(1, 0, 2)
+        dense = rows.reshape(x.shape[-1], self.outputs)
+        return backend.product(x.astype(self.dtype), dense.astype(self.dtype))
 
-    def shared(self, start: int, size: int) -> Float[Array, "size outputs"]:
-        """Rows for an input that every block reads, as the kernel of one dense product."""
-        rows = self.kernel[:, start : start + size].transpose(1, 0, 2)
-        return rows.reshape(size, self.outputs)
-
-    def add_bias(self, x: Float[Array, "*shape"], axis: int = -1) -> Float[Array, "*shape"]:
-        return x + _over(self.bias.astype(self.dtype), x, axis)
+    def add_bias(self, x: Float[Array, "*lead outputs"]) -> Float[Array, "*lead outputs"]:
+        return x + _last(self.bias.astype(self.dtype), x)
 
 
 class MLP(nn.Module):
-    """`layers` times linear, RMS norm, SiLU."""
+    """`layers` times linear, norm, activation: (..., inputs) to (..., units)."""
 
     inputs: int
     units: int
     layers: int
     dtype: str = "float32"
+    norm: Norm = "rms"
+    act: Act = "silu"
+    kernel_init: Init = "truncated_normal"
+    scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: Array, features_first: bool = False) -> Float[Array, "*lead units"]:
-        """Of rows (..., inputs), or of columns (inputs, N) if `features_first`."""
+    def __call__(self, x: Num[Array, "*lead inputs"]) -> Float[Array, "*lead units"]:
         size = self.inputs
         for index in range(self.layers):
-            linear = Linear(size, self.units, dtype=self.dtype, name=f"linear{index}")
-            turned = features_first and index == 0
-            x = linear.add_bias(linear.columns(x)) if turned else linear(x)
-            x = silu(RMSNorm(self.units, name=f"norm{index}")(x))
+            options = self.scale, self.dtype, self.kernel_init
+            x = Linear(size, self.units, *options, name=f"linear{index}")(x)
+            x = norm_layer(self.norm, self.units, f"norm{index}")(x)
+            x = ACTIVATIONS[self.act](x)
             size = self.units
         return x
 
 
 class Heads(nn.Module):
-    """An MLP and one linear output per name: (..., inputs) to {name: (..., size)}."""
+    """An MLP and one linear output per name: (..., inputs) to {name: (..., size)}.
+
+    `scale` is that of the outputs' kernels, `hidden_scale` that of the MLP's.
+    """
 
     inputs: int
     units: int
@@ -177,63 +209,76 @@ class Heads(nn.Module):
     outputs: Mapping[str, int]
     scale: float = 1.0
     dtype: str = "float32"
+    norm: Norm = "rms"
+    act: Act = "silu"
+    kernel_init: Init = "truncated_normal"
+    hidden_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Num[Array, "*lead inputs"]) -> dict[str, Array]:
-        x = MLP(self.inputs, self.units, self.layers, self.dtype, name="mlp")(x)
+        sizes, options = (
+            (self.inputs, self.units, self.layers),
+            (self.norm, self.act, self.kernel_init),
+        )
+        x = MLP(*sizes, self.dtype, *options, self.hidden_scale, name="mlp")(x)
         return {
-            name: Linear(self.units, size, self.scale, self.dtype, name=name)(x)
+            name: Linear(self.units, size, self.scale, self.dtype, self.kernel_init, name=name)(x)
             for name, size in self.outputs.items()
         }
 
 
 class _Convolution(nn.Module):
-    """A convolution of maps (n, h, w, inputs) by a kernel, which subclasses define, and a bias."""
+    """A convolution of maps (n, h, w, inputs) with a kernel and a bias."""
 
     inputs: int
     outputs: int
     kernel: int = 5
     dtype: str = "float32"
+    kernel_init: Init = "truncated_normal"
 
     def convolve(self, x: Array, kernel: Array) -> Array:
+        """What a subclass makes of maps and a kernel of one type."""
         raise NotImplementedError
+
+    def kernel_parameter(self) -> Array:
+        """The kernel (k, k, inputs, outputs)."""
+        init = initializer(self.kernel_init, self.kernel * self.kernel * self.inputs)
+        return self.param("kernel", init, (self.kernel, self.kernel, self.inputs, self.outputs))
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
-        init = truncated_normal_in(self.kernel * self.kernel * self.inputs)
-        shape = (self.kernel, self.kernel, self.inputs, self.outputs)
-        kernel = self.param("kernel", init, shape)
+        kernel = self.kernel_parameter().astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
         x = self.convolve(x.astype(self.dtype), kernel)
-        return x + _over(bias.astype(self.dtype), x)
+        return x + _last(bias.astype(self.dtype), x)
 
 
 class Conv(_Convolution):
     """Convolution with SAME padding: (n, h, w, inputs) to (n, h, w, outputs)."""
 
     def convolve(self, x: Array, kernel: Array) -> Array:
-        return convolve(x, kernel.astype(x.dtype))
+        return backend.convolve(x, kernel)
 
 
 class StridedConv(_Convolution):
     """`Conv` of stride 2: (n, h, w, inputs) to (n, h / 2, w / 2, outputs)."""
 
     def convolve(self, x: Array, kernel: Array) -> Array:
-        return convolve_strided(x, kernel.astype(x.dtype))
+        return backend.convolve_strided(x, kernel)
 
 
 class PooledConv(_Convolution):
     """The largest of each 2x2 square of `Conv`: to (n, h / 2, w / 2, outputs)."""
 
     def convolve(self, x: Array, kernel: Array) -> Array:
-        return convolve_pooled(x, kernel.astype(x.dtype))
+        return backend.convolve_pooled(x, kernel)
 
 
 class UpsampleConv(_Convolution):
     """`Conv` of the nearest-neighbour doubling: to (n, 2h, 2w, outputs)."""
 
     def convolve(self, x: Array, kernel: Array) -> Array:
-        return convolve_doubled(x, kernel)
+        return backend.convolve_doubled(x, kernel)
 
 
 class ConvTranspose(_Convolution):
@@ -244,64 +289,39 @@ class ConvTranspose(_Convolution):
     """
 
     def convolve(self, x: Array, kernel: Array) -> Array:
-        return convolve_transposed(x, kernel.astype(x.dtype))
+        return backend.convolve_transposed(x, kernel)
 
 
-def keep_products(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose gradient keeps only products and sums, and computes the rest again.
+class ValidConv(_Convolution):
+    """Convolution without padding: each side becomes (side - kernel) // stride + 1."""
 
-    On CPU only, where writing to memory costs more than most of what is written. Sums and maxima
-    take little memory and are slow.
+    kernel: int = 4
+    stride: int = 2
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        return backend.convolve_valid(x, kernel, self.stride)
+
+
+class ValidConvTranspose(_Convolution):
+    """Transposed convolution of stride 2 without padding: sides become 2 * (side - 1) + kernel.
+
+    y[2i+u, 2j+v, o] += x[i, j, c] * kernel[u, v, o, c]. The kernel is (k, k, outputs, inputs), as
+    Keras has it.
     """
-    if jax.default_backend() != "cpu":
-        return function
 
-    def kept(primitive: Any, *_: Any, **__: Any) -> bool:
-        return primitive.name in ("dot_general", "reduce_sum", "reduce_max")
+    def kernel_parameter(self) -> Array:
+        fan_in = self.kernel * self.kernel * self.inputs
+        init = initializer(self.kernel_init, fan_in, in_axis=-1, out_axis=-2)
+        return self.param("kernel", init, (self.kernel, self.kernel, self.outputs, self.inputs))
 
-    # Inside a scan nothing could be merged with what is computed again.
-    return jax.checkpoint(function, policy=kept, prevent_cse=False)
-
-
-def sliced(size: int) -> bool:
-    """Whether slices of so many numbers are better computed one after the other than at once."""
-    return jax.default_backend() == "cpu" and size >= 2**16
-
-
-def spare_columns(count: int) -> int:
-    """Columns to add to `count` so that products with features first do not stumble on a CPU.
-
-    Rows whose distance is a multiple of 1 KiB share few sets of the cache and evict one another:
-    products then take up to twice the time.
-    """
-    return 16 if jax.default_backend() == "cpu" and count % 256 == 0 else 0
-
-
-def by_slices(function: Callable[..., Any], *arrays: Any) -> Any:
-    """`function(*arrays)`; on CPU, where slices are large, one after the other.
-
-    What is computed in between then stays in the cache.
-    """
-    if not sliced(max(x[0].size for x in jax.tree.leaves(arrays))):
-        return function(*arrays)
-    return jax.lax.map(keep_products(lambda slices: function(*slices)), arrays)
-
-
-def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which under `jax.vmap` on a CPU runs one member after the other.
-
-    What a member computes in between then stays in the cache. The function may hold no traced
-    values and no collectives: it takes all that differs between members as arguments.
-    """
-    if jax.default_backend() != "cpu":
-        return function
-    return jax.custom_batching.sequential_vmap(function)
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        return backend.convolve_transposed_valid(x, kernel)
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function(params, *arrays)` for many rows, whose gradient keeps nothing in between.
+    """`function(params, *arrays)` of many rows, whose gradient recomputes what lies between.
 
-    It is computed again, some of the rows at a time, so that what lies between takes little memory.
+    The gradient computes it again for some of the rows at a time, and so takes little memory.
     """
 
     def by_parts(params: Any, *arrays: Any) -> Any:
@@ -314,67 +334,12 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     return by_parts
 
 
-def _over(vector: Array, like: Array, axis: int = -1) -> Array:
-    """A vector along one axis of `like`, with its rank: rank promotion is an error in tests."""
-    shape = [1] * like.ndim
-    shape[axis] = -1
-    return vector.reshape(shape)
+def _last(vector: Array, like: Array) -> Array:
+    """A vector with the rank of `like`: rank promotion is an error in tests."""
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def call(module: nn.Module, method: str = "__call__") -> Callable[..., Any]:
     """`(params, *args) -> output` of one method of a module."""
     bound = functools.partial(module.apply, method=method)
     return lambda params, *args: bound({"params": params}, *args)
-
-
-def remembering(module: nn.Module) -> Callable[..., tuple[Any, Any]]:
-    """`(params, *args) -> output, products`, with the products of all `Linear` layers.
-
-    Given to `recalling`, with the same parameters and arguments, they are not computed again.
-    """
-
-    def apply(params: Any, *args: Any) -> tuple[Any, Any]:
-        output, made = module.apply({"params": params}, *args, mutable=["products"])
-        return output, made["products"]
-
-    return apply
-
-
-def recalling(module: nn.Module) -> Callable[..., Any]:
-    """`(params, products, *args) -> output` from the products that `remembering` has kept.
-
-    Its gradients are those of computing them: to the parameters and to the arguments.
-    """
-    return lambda params, products, *args: module.apply(
-        {"params": params, "products": products}, *args
-    )
-
-
-def abreast(heads: Mapping[str, Heads]) -> Callable[..., tuple[dict[str, Any], dict[str, Any]]]:
-    """`(params, x, products=None) -> outputs, products` of heads that read the same, by name.
-
-    Of x (..., inputs) their first layers are one product, for which a CPU takes 0.9 of the time of
-    two. Products are those of `remembering`; if given, they are recalled as by `recalling`.
-    """
-
-    def apply(params: Any, x: Array, products: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        dtype = next(iter(heads.values())).dtype
-        kernels = [params[name]["mlp"]["linear0"]["kernel"].astype(dtype) for name in heads]
-        factors = factor(x, dtype), jnp.concatenate(kernels, -1)
-        if products is None:
-            joint = product(*factors)
-        else:
-            known = [products[name]["mlp"]["linear0"]["product"] for name in heads]
-            joint = recall(jnp.concatenate(known, -1), *factors)
-        parts = jnp.split(joint, np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1], -1)
-        outputs, made = {}, {}
-        for (name, module), part in zip(heads.items(), parts, strict=True):
-            joined = {"mlp": {"linear0": {"product": part}}}
-            variables = {"params": params[name], "joint": joined}
-            if products is not None:
-                variables["products"] = products[name]
-            outputs[name], kept = module.apply(variables, x, mutable=["products"])
-            made[name] = kept["products"]
-        return outputs, made
-
-    return apply

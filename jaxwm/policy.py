@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import checkpoint, sweep, weights
 from jaxwm.agent import Agent, make_agent
 from jaxwm.config import require
 from jaxwm.envs import wrappers
-from jaxwm.recipes import RunConfig
+from jaxwm.recipes import RunConfig, sweep
+from jaxwm.run import checkpoint, weights
 from jaxwm.types import (
     Action,
     Array,

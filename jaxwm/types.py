@@ -1,4 +1,4 @@
-"""Rows of experience, spaces, environments and world models: the nouns of the library.
+"""Rows of experience, environments, agents, world models and behaviours: the nouns of the library.
 
 One row (`Step`) holds everything about one moment: the action that led to it, what arrived,
 and the flags. Nothing anywhere shifts actions in time. Over the end of an episode:
@@ -22,7 +22,7 @@ D deterministic size, S stochastic groups, K classes, A action, F features, h w 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
@@ -106,44 +106,200 @@ class Env(NamedTuple):
     step: Callable[[Any, Any, Key], tuple[Any, Step]]
 
 
-class Latent(NamedTuple):
-    """The state of a recurrent state-space model; leading axes (), (B,), (T, B) or (H+1, N)."""
+class Window(NamedTuple):
+    """What the replay gives to `Agent.update`.
 
-    deter: Float[Array, "*lead D"]
-    stoch: Float[Array, "*lead S K"]
+    Attributes:
+      memo: what `Agent.act` left beside row 0 (B, ...); for `data="newest"` beside every row
+        (T+1, B, ...).
+      steps: rows (T+1, B). Row 0 is context, rows 1..T are trained.
+      env: environment of each sequence.
+      index: places of the rows in the rings.
+    """
+
+    memo: PyTree
+    steps: Step
+    env: Int[Array, " B"]
+    index: Int[Array, "T1 B"]
+
+
+class AgentState(NamedTuple):
+    """What an agent has learned: one pytree.
+
+    Attributes:
+      params: all that acting needs.
+      rest: optimiser, target networks, running statistics, counters.
+    """
+
+    params: Params
+    rest: Any
+
+
+# "explore" acts as in training, "sample" draws from the policy without added noise, "greedy" takes
+# its mode.
+Mode = Literal["explore", "sample", "greedy"]
+
+
+class Agent(NamedTuple):
+    """Something that acts and learns, as pure functions.
+
+    Drivers, replay, checkpoints and evaluation know nothing else of an algorithm. Carry and memo
+    are pytrees with a leading batch axis that only the agent looks inside.
+
+    Attributes:
+      init: `key -> AgentState`.
+      initial: `batch size -> carry`, the memory at the start of an episode.
+      act: `params, carry, row (B,), key, mode="explore" -> carry, action, memo (B,)`. The replay
+        keeps the memo beside the row.
+      update: `AgentState, Window, key -> AgentState, memo (T, B) | None, metrics`: fresh memos of
+        rows 1..T, or None. Metrics are scalars; those named "loss/..." and "grad_norm..." must be
+        finite, or the drivers refuse the update.
+      data: what `update` learns from: sampled "windows" of the replay, or its "newest" rows.
+      model: the world model, for pictures and evaluation; None if there is none.
+      behavior: how the agent acts with its model; None if it has no such part.
+    """
+
+    init: Callable[[Key], AgentState]
+    initial: Callable[[int], PyTree]
+    act: Callable[..., tuple[PyTree, Action, PyTree]]
+    update: Callable[..., tuple[AgentState, PyTree, Metrics]]
+    data: Literal["windows", "newest"] = "windows"
+    model: "WorldModel | None" = None
+    behavior: "Behavior | None" = None
+
+
+class Observed(NamedTuple):
+    """A real sequence as a world model has filtered it.
+
+    Attributes:
+      carry: the memory after the last row (B, ...).
+      latents: the latent of every row (T, B, ...).
+      carries: the memory after every row (T, B, ...); None if the model does not give it.
+    """
+
+    carry: PyTree
+    latents: PyTree
+    carries: PyTree | None
+
+
+class Start(NamedTuple):
+    """Where dreams begin.
+
+    Attributes:
+      carry: the model's memory (N, ...).
+      latent: the latents there (N, ...).
+      index: the row of each, counted through the flattened (T * B) rows.
+    """
+
+    carry: PyTree
+    latent: PyTree
+    index: Int[Array, " N"]
+
+
+class Imagined(NamedTuple):
+    """A batch of dreams.
+
+    Attributes:
+      latents: where the actions were taken (H, N, ...); row 0 is the start.
+      action: the actions (H, N, ...).
+      last: the latents after the last action (N, ...).
+    """
+
+    latents: PyTree
+    action: Any
+    last: PyTree
 
 
 class WorldModel(NamedTuple):
     """What is learned about the world, as pure functions of explicit parameters.
 
-    Every random draw is an argument: `noise` gives what is drawn for some leading axes, all of it
-    in one operation outside any scan.
+    Attributes:
+      init: `key -> params`.
+      initial: `batch size -> carry`, the memory before anything was seen.
+      draws: `key, lead -> draws`, every random number for latents of shape `lead`, in one operation
+        outside any scan.
+      observe: `params, carry, steps (T, B), draws (T, B) -> Observed`. Filters a real sequence;
+        `is_first` rows forget the carry.
+      starts: `params, observed, key=None -> Start`, where dreams of that sequence begin.
+      step: `params, carry (N,), action (N,), draws (N,) -> carry, latent`, one dreamed step.
+        Discrete actions may be class indices, or one-hot vectors through which gradients flow.
+      features: `latent -> (..., F)`, what heads and behaviours read: differentiable numbers.
+      predict: `params, latents, keys=None -> {obs key | "reward" | "continue": distribution}` of
+        `keys`, or of everything. A key that the model does not predict is absent.
+      loss: `params, carry, steps (T, B), draws -> {name: losses}, Observed, metrics`.
+      pack: `carry -> memo`, what the replay stores of it; `()` if nothing.
+      unpack: `memo, batch size -> carry`; the initial carry if nothing was stored.
+    """
+
+    init: Callable[[Key], Params]
+    initial: Callable[[int], PyTree]
+    draws: Callable[..., PyTree]
+    observe: Callable[..., Observed]
+    starts: Callable[..., Start]
+    step: Callable[..., tuple[PyTree, PyTree]]
+    features: Callable[[PyTree], Array]
+    predict: Callable[..., dict[str, Any]]
+    loss: Callable[..., tuple[dict[str, Array], Observed, Metrics]]
+    pack: Callable[[PyTree], PyTree]
+    unpack: Callable[..., PyTree]
+
+
+class Dreamer(NamedTuple):
+    """A `WorldModel` with fixed parameters, to dream and plan in.
+
+    Gradients flow through latents and actions, but not into the parameters.
+
+    Attributes:
+      draws: `key, lead -> draws`.
+      starts: `observed, key=None -> Start`.
+      step: `carry (N,), action (N,), draws (N,) -> carry, latent`.
+      features: `latent -> (..., F)`.
+      predict: `latents, keys=None -> {name: distribution}`.
+    """
+
+    draws: Callable[..., PyTree]
+    starts: Callable[..., Start]
+    step: Callable[..., tuple[PyTree, PyTree]]
+    features: Callable[[PyTree], Array]
+    predict: Callable[..., dict[str, Any]]
+
+
+class Net(NamedTuple):
+    """A network as two pure functions.
 
     Attributes:
       init: `key -> params`.
-      initial: `batch size -> carry`, the latent before anything was seen.
-      noise: `key, lead -> noise` for the latents of shape `lead`.
-      observe: `params, carry, steps (T, B), noise (T, B) -> latents (T, B), posterior logits`.
-        Filters a real sequence; `is_first` rows forget the carry.
-      imagine: `params, start (N,), policy, noise (H, N), policy noise (H, N) -> latents
-        (H+1, N), actions (H, N), kept (H, N)` for a policy `features (N, F), noise -> action,
-        kept`; row 0 is `start`, action i is drawn at latent i. The features are `products.rounded`.
-      predict: `params, latents, keys=None -> {obs key | "reward" | "continue": distribution}`,
-        of all or of `keys`.
-      loss: `params, carry, steps, noise -> {name: loss (T, B)}, latents, metrics`.
-      features: `latent -> (..., F)`, what heads read.
-      split: `(..., F) -> latent`, the way back.
+      apply: `params, *inputs -> outputs`.
     """
 
-    init: Callable[..., Params]
-    initial: Callable[..., Latent]
-    noise: Callable[..., Any]
-    observe: Callable[..., Any]
-    imagine: Callable[..., Any]
-    predict: Callable[..., Any]
-    loss: Callable[..., Any]
-    features: Callable[[Latent], Array]
-    split: Callable[[Array], Latent]
+    init: Callable[[Key], Params]
+    apply: Callable[..., Any]
+
+
+class Core(NamedTuple):
+    """A recurrent memory, so that memories can be exchanged under one world model.
+
+    `stoch` is the flat stochastic state (..., S). `embedded` is the action as the core reads it.
+    It does not depend on the recurrence, so it is computed for all steps at once.
+
+    Attributes:
+      init: `key -> params`.
+      initial: `batch size -> carry`.
+      embed: `params, action (..., A) -> embedded (..., E)`, of actions as vectors.
+      step: `params, carry (B,), stoch (B, S), embedded (B, E), is_first (B,) -> carry`. `is_first`
+        resets the carry; the caller masks `stoch` and the action.
+      deter: `carry (...) -> (..., D)`, the deterministic state: what the model reads of the memory.
+      sequence: `params, carry (B,), stoch (T, B, S), embedded (T, B, E), is_first (T, B) -> carry
+        (B,), deter (T, B, D), carries (T, B) | None`. Equal to a scan of `step`, which is what
+        `models.recurrent.sequence_by_scan` makes; a parallel core computes all rows at once.
+    """
+
+    init: Callable[[Key], Params]
+    initial: Callable[[int], PyTree]
+    embed: Callable[[Params, Array], Array]
+    step: Callable[..., PyTree]
+    deter: Callable[[PyTree], Array]
+    sequence: Callable[..., tuple[PyTree, Array, PyTree | None]]
 
 
 class Behavior(NamedTuple):
@@ -151,22 +307,24 @@ class Behavior(NamedTuple):
 
     Attributes:
       init: `key -> params`.
-      initial: `() -> state`, the running statistics it keeps.
-      noise: `key, lead -> noise` for actions of shape `lead`.
-      policy: `params, features (..., F) -> {action key: distribution}`.
-      value: `params, features (..., F) -> distribution` of the return from there.
-      act: `params, features (..., F), noise -> action`.
-      loss: `params, slow, state, model params, latents (T, B), steps (T, B), noise (H, N), action
-        noise (H, N) -> {name: loss (T, B)}, state, metrics`.
+      initial: `params -> state`: running statistics, slow copies, target networks.
+      carry: `batch size -> carry`, such as a planner's last plan; `()` for a policy.
+      draws: `key, (T, B) -> draws`, every random number of one `loss`, dreams included.
+      act: `params, dreamer, carry, model_carry, latent, key, mode -> carry, action`. The latent
+        (B, ...) is that of the present row, `model_carry` the model's memory after it, from which
+        planners dream.
+      loss: `params, state, dreamer, observed, steps (T, B), draws -> {name: losses}, state,
+        metrics`.
+      after: `state, params -> state`, after the optimiser's step: moves slow copies.
     """
 
-    init: Callable[..., Params]
-    initial: Callable[[], Any]
-    noise: Callable[..., Any]
-    policy: Callable[..., dict[str, Any]]
-    value: Callable[..., Any]
-    act: Callable[..., Action]
-    loss: Callable[..., Any]
+    init: Callable[[Key], Params]
+    initial: Callable[[Params], Any]
+    carry: Callable[[int], PyTree]
+    draws: Callable[..., PyTree]
+    act: Callable[..., tuple[PyTree, Action]]
+    loss: Callable[..., tuple[dict[str, Array], Any, Metrics]]
+    after: Callable[[Any, Params], Any]
 
 
 def _same(tree: Any) -> Any:
@@ -174,21 +332,21 @@ def _same(tree: Any) -> Any:
 
 
 class Shards(NamedTuple):
-    """How the shards of a training meet: each acts and samples by itself, all learn the same.
+    """How the shards of a training meet: each acts and samples by itself, and all learn the same.
 
     The defaults are those of a training that is not divided.
 
     Attributes:
-      own: `key -> key`, a shard's own.
-      mean: `tree -> tree`, the means over all shards; of tensors that devices hold a part of, a
-        device's part.
-      total: `tree -> tree`, the sums over all shards.
+      own: `key -> key`, a different one in each shard.
+      mean: `tree -> tree`, means over all shards. A tensor that devices hold in parts becomes the
+        device's part of the mean.
+      total: `tree -> tree`, sums over all shards.
       all_gather: `array -> array`, those of all shards, with further leading axes.
-      slice: `AgentState -> AgentState`, the part of what was learned that a device holds.
+      slice: `AgentState -> AgentState`, the part that a device holds.
       gather_params: `parameters -> parameters`, whole, from the parts of all devices.
-      gather_slow: the same for the slow critic.
-      sum_parts: `numbers -> numbers`, one for each tensor of the parameters: from sums over the
-        part that a device holds to sums over the whole tensor.
+      gather_rest: the same for the behaviour's state.
+      sum_parts: `numbers -> numbers`, one for each tensor of the parameters: from sums over a
+        device's part to sums over the whole tensor.
     """
 
     own: Callable[[Key], Key] = _same
@@ -197,7 +355,7 @@ class Shards(NamedTuple):
     all_gather: Callable[[Array], Array] = _same
     slice: Callable[[Any], Any] = _same
     gather_params: Callable[[Params], Params] = _same
-    gather_slow: Callable[[Params], Params] = _same
+    gather_rest: Callable[[Any], Any] = _same
     sum_parts: Callable[[Params], Params] = _same
 
 
@@ -207,26 +365,35 @@ __all__ = [
     "ALONE",
     "Action",
     "ActionSpace",
+    "Agent",
+    "AgentState",
     "Array",
     "Behavior",
     "Bool",
     "Box",
+    "Core",
     "Discrete",
+    "Dreamer",
     "Env",
     "Float",
     "HostEnv",
+    "Imagined",
     "Int",
     "JaxwmError",
     "Key",
-    "Latent",
     "Metrics",
+    "Mode",
+    "Net",
     "ObsSpace",
+    "Observed",
     "Params",
     "PyTree",
     "Shards",
     "Simulator",
     "Space",
+    "Start",
     "Step",
+    "Window",
     "WorldModel",
     "as_dict",
     "first",

@@ -86,7 +86,7 @@ def tiny() -> "jaxwm.RunConfig":
 @pytest.fixture(scope="session")
 def finished(tiny, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The folder of the run `tiny`, from start to end; tests leave it as it is."""
-    from jaxwm.run import run
+    from jaxwm.run.loop import run
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     run(tiny, folder, quiet=True)

@@ -22,7 +22,7 @@ from jaxwm.models.gru import BlockGRUConfig
 from jaxwm.models.latents import LatentConfig, distribution
 from jaxwm.models.world_model import Prior, WorldModelConfig
 from jaxwm.numerics import Percentiles, symlog
-from jaxwm.replay import Buffer, read
+from jaxwm.replay.device import Buffer, read
 from jaxwm.returns import replay_lambda_return
 from jaxwm.types import Box, Discrete, Latent, Space, Step, is_image
 

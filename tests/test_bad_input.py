@@ -12,7 +12,7 @@ from jaxwm.models.latents import LatentConfig
 from jaxwm.models.world_model import WorldModelConfig
 from jaxwm.optim import OptimConfig
 from jaxwm.recipes import RunConfig
-from jaxwm.replay import ReplayConfig
+from jaxwm.replay.device import ReplayConfig
 from jaxwm.types import Box, Discrete, Env, JaxwmError, first, transition, zeros
 
 TRAIN = "train dreamer_v3 --env toy/Memory --size debug"

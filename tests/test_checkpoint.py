@@ -15,10 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxwm import arrays, checkpoint, train
+from jaxwm import train
 from jaxwm.config import write
-from jaxwm.log import read_metrics
-from jaxwm.replay import Buffer, Cursor
+from jaxwm.replay.device import Buffer, Cursor
+from jaxwm.run import arrays, checkpoint
+from jaxwm.run.log import read_metrics
 from jaxwm.train import Clock
 from jaxwm.types import JaxwmError, Step
 

@@ -12,7 +12,7 @@ import pytest
 import jaxwm
 from jaxwm import cli
 from jaxwm.recipes import dreamer_v3
-from jaxwm.report import command
+from jaxwm.run.report import command
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_an_interrupt_is_one_line_and_130(monkeypatch, capsys):
     def run(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxwm.run.resume", run)
+    monkeypatch.setattr("jaxwm.run.loop.resume", run)
     assert cli.main(["resume", "somewhere"]) == 130
     assert capsys.readouterr().err.count("\n") == 1
 

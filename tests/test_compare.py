@@ -9,13 +9,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from jaxwm import cli, config, plot
-from jaxwm.checkpoint import read_config
+from jaxwm import cli, config
 from jaxwm.evaluate import published
 from jaxwm.evaluate.compare import compare
-from jaxwm.log import Logger
 from jaxwm.recipes import RunConfig
+from jaxwm.run.checkpoint import read_config
+from jaxwm.run.log import Logger
 from jaxwm.types import JaxwmError
+from jaxwm.view import plot
 
 SWINGUP = "playground/CartpoleSwingup"
 TASK = "dmc_proprio/cartpole_swingup"

@@ -20,7 +20,7 @@ from jaxwm.models.latents import LatentConfig
 from jaxwm.models.world_model import WorldModelConfig
 from jaxwm.optim import OptimConfig
 from jaxwm.recipes import RunConfig
-from jaxwm.replay import ReplayConfig
+from jaxwm.replay.device import ReplayConfig
 
 pytestmark = pytest.mark.slow
 

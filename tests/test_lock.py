@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from jaxwm import lock
+from jaxwm.run import lock
 from jaxwm.types import JaxwmError
 
 HOLDER = """
 import pathlib, sys
-from jaxwm import lock
+from jaxwm.run import lock
 with lock.hold(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxwm import log
-from jaxwm.log import Logger, read_metrics
+from jaxwm.run import log
+from jaxwm.run.log import Logger, read_metrics
 from jaxwm.types import JaxwmError
 
 

@@ -6,8 +6,9 @@ import math
 import jax
 import pytest
 
-from jaxwm import memory, train
-from jaxwm.memory import Use
+from jaxwm import train
+from jaxwm.run import memory
+from jaxwm.run.memory import Use
 from jaxwm.types import JaxwmError
 
 

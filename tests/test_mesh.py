@@ -7,7 +7,7 @@ import pytest
 
 COUNT = """
 import dataclasses
-from jaxwm import mesh
+from jaxwm.train import mesh
 from jaxwm.recipes import dreamer_v3
 
 mesh.cores = lambda: 6

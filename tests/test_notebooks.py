@@ -105,12 +105,14 @@ def test_commands_are_understood(monkeypatch, capsys, tmp_path):
     works = ("run.run", "run.resume", "run.evaluate_run", "weights.export")
     for name in works:
         monkeypatch.setattr(f"jaxwm.{name}", start)
-    monkeypatch.setattr("jaxwm.checkpoint.overview", lambda run: start(run).tolist()[1:])
+    monkeypatch.setattr("jaxwm.run.checkpoint.overview", lambda run: start(run).tolist()[1:])
     verdict = SimpleNamespace(verdict=SimpleNamespace(words=""), caveats=(), to_dict=dict)
     monkeypatch.setattr("jaxwm.evaluate.compare.compare", lambda *words: start(*words) and verdict)
-    for name in ("jaxwm.plot.learning_curve", "jaxwm.plot.comparison"):
+    for name in ("jaxwm.view.plot.learning_curve", "jaxwm.view.plot.comparison"):
         monkeypatch.setattr(name, lambda *words: start(*words) if words[0] is not verdict else "")
-    monkeypatch.setattr("jaxwm.checkpoint.read_config", lambda run: dreamer_v3.config("toy/Credit"))
+    monkeypatch.setattr(
+        "jaxwm.run.checkpoint.read_config", lambda run: dreamer_v3.config("toy/Credit")
+    )
     found = [words[1:] for path in DOCUMENTS for words in commands(path) if words[0] == "jaxwm"]
     assert {words[0] for words in found} == set(cli._COMMANDS)
     known_names = {f"{suite}/{name}" for suite, names in known.items() for name in names}

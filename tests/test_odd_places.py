@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxwm import checkpoint, cli, plot, report
-from jaxwm.log import read_metrics
+from jaxwm import cli
+from jaxwm.run import checkpoint, report
+from jaxwm.run.log import read_metrics
 from jaxwm.types import JaxwmError
+from jaxwm.view import plot
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "ランス ü %s $x$"

@@ -14,7 +14,7 @@ import parity_model
 import parity_units
 import pytest
 
-from jaxwm.replay import close_abandoned
+from jaxwm.replay.device import close_abandoned
 from jaxwm.types import Step
 
 pytestmark = pytest.mark.no_cover

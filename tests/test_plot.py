@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxwm import plot
 from jaxwm.types import JaxwmError
+from jaxwm.view import plot
 
 GREY, ORANGE = (127, 127, 127), (213, 94, 0)
 

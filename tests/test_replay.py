@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxwm.replay import (
+from jaxwm.replay.device import (
     ReplayConfig,
     Window,
     check_fits,

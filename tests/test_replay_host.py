@@ -7,7 +7,8 @@ import pytest
 from test_checkpoint import bits
 from test_replay import BATCH, CAPACITY, LENGTH, D, K, N, S, make, rows
 
-from jaxwm import replay, replay_host
+from jaxwm.replay import device as replay
+from jaxwm.replay import host as replay_host
 from jaxwm.types import JaxwmError, Latent
 
 

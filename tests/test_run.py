@@ -12,14 +12,14 @@ import pytest
 from rich.console import Console
 
 import jaxwm
-from jaxwm import checkpoint, cli, envs, train
+from jaxwm import cli, envs, train
 from jaxwm import config as configs
 from jaxwm.agent import make_agent
 from jaxwm.evaluate import rollout
-from jaxwm.log import read_metrics
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.report import command
-from jaxwm.run import (
+from jaxwm.run import checkpoint
+from jaxwm.run.log import read_metrics
+from jaxwm.run.loop import (
     _pardoned,
     _tell_stopped,
     default_folder,
@@ -29,6 +29,7 @@ from jaxwm.run import (
     resume,
     run,
 )
+from jaxwm.run.report import command
 from jaxwm.types import Box, Discrete, Env, JaxwmError, first, transition
 
 
@@ -172,14 +173,14 @@ def test_a_signal_saves_and_the_rest_is_as_if_there_had_been_none(
     tiny, finished, tmp_path, monkeypatch, capsys, number, code
 ):
     """It comes as the second line of metrics is written: the run stops within the third one."""
-    monkeypatch.setattr("jaxwm.run._DISPATCH", 0.0)  # dispatches of one iteration
+    monkeypatch.setattr("jaxwm.run.loop._DISPATCH", 0.0)  # dispatches of one iteration
     told = iter([0, number])
 
     def resident() -> int:
         signal.raise_signal(sent) if (sent := next(told, 0)) else None
         return 1
 
-    monkeypatch.setattr("jaxwm.run.resident_bytes", resident)
+    monkeypatch.setattr("jaxwm.run.loop.resident_bytes", resident)
     folder = tmp_path / "run"
     assert cli.main([*command(tiny).split()[1:], "--run", str(folder)]) == code
     assert f"{signal.Signals(number).name} at step 84: saved" in capsys.readouterr().out

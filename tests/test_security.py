@@ -20,8 +20,9 @@ import pytest
 import tensorstore
 
 import jaxwm
-from jaxwm import checkpoint, manifest, train, weights
-from jaxwm.run import resume
+from jaxwm import train
+from jaxwm.run import checkpoint, manifest, weights
+from jaxwm.run.loop import resume
 from jaxwm.types import JaxwmError
 
 PACKAGE = Path(__file__).resolve().parents[1] / "jaxwm"
@@ -121,7 +122,7 @@ def test_what_runs_code_is_found(source, words):
     "source",
     [
         "import re\nre.compile('a'); jitted.lower(x).compile(); model.eval()",
-        "import importlib\nimportlib.import_module('jaxwm.run')",
+        "import importlib\nimportlib.import_module('jaxwm.run.loop')",
         "np.load(path, allow_pickle=False); subprocess.run(words, shell=False)",
         "import yaml\nyaml.safe_load(text)",
     ],

@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from jaxwm import stop
+from jaxwm.run import stop
 
 # This does not let Python's own handlers run for minutes, as a long compilation does not.
 DEAF = """
 import hashlib
-from jaxwm import stop
+from jaxwm.run import stop
 with stop.at_once():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**30)
@@ -21,7 +21,7 @@ with stop.at_once():
 # The first is remembered, the second one ends it.
 ASKED = """
 import time
-from jaxwm import stop
+from jaxwm.run import stop
 with stop.at_once(), stop.asked() as received:
     print("ready", flush=True)
     while not received:
@@ -34,7 +34,7 @@ with stop.at_once(), stop.asked() as received:
 # A command is done, and what was registered for the exit takes its time; then the signals are deaf.
 DONE = """
 import atexit, time
-from jaxwm import stop
+from jaxwm.run import stop
 with stop.at_once(to_the_end=True):
     pass
 atexit.register(lambda: (print("ready", flush=True), time.sleep({seconds})))

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxwm import sweep, train
+from jaxwm import train
 from jaxwm.agent import make_agent
 from jaxwm.config import flatten
-from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay import ReplayConfig
+from jaxwm.recipes import RunConfig, dreamer_v3, sweep
+from jaxwm.replay.device import ReplayConfig
 from jaxwm.types import Box, Discrete, JaxwmError, Step, zeros
 
 WORDS = ("learning_rate=1e-3,1e-2", "behavior.entropy=0.1")

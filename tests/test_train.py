@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import scripted
 
-from jaxwm import envs, mesh, train
+from jaxwm import envs, train
 from jaxwm.agent import Agent, AgentState
 from jaxwm.envs import wrappers
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay import ReplayConfig
+from jaxwm.replay.device import ReplayConfig
+from jaxwm.train import mesh
 from jaxwm.types import Box, Env, Latent, first, transition
 
 # 200 000 rows of 83 bytes: far more than all else in the program together.

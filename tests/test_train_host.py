@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import scripted
 
-from jaxwm import checkpoint, envs, replay, train
+from jaxwm import envs, train
 from jaxwm.envs.host import HostConfig
-from jaxwm.log import read_metrics
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay import ReplayConfig, close_abandoned
-from jaxwm.run import _headline, evaluate_run, resume, run
+from jaxwm.replay import device as replay
+from jaxwm.replay.device import ReplayConfig, close_abandoned
+from jaxwm.run import checkpoint
+from jaxwm.run.log import read_metrics
+from jaxwm.run.loop import _headline, evaluate_run, resume, run
 from jaxwm.types import JaxwmError
 
 ITERATIONS = 10

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxwm
-from jaxwm import checkpoint, cli, weights
+from jaxwm import cli
+from jaxwm.run import checkpoint, weights
 from jaxwm.types import JaxwmError
 
 

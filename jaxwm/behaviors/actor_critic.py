@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxwm import dists, nets, threefry
+from jaxwm import dists, threefry
+from jaxwm import nets_before as nets
 from jaxwm.config import at_least, positive, require, share
 from jaxwm.numerics import (
     Percentiles,

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxwm.checkpoint import FREE, read_config
 from jaxwm.config import differences, require
 from jaxwm.evaluate import published
 from jaxwm.evaluate.stats import bootstrap, iqm
-from jaxwm.log import read_metrics
 from jaxwm.recipes import RunConfig
+from jaxwm.run.checkpoint import FREE, read_config
+from jaxwm.run.log import read_metrics
 from jaxwm.types import JaxwmError
 
 CONFIDENCE = 0.95

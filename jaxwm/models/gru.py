@@ -1,28 +1,24 @@
 """The block-diagonal gated recurrent core of DreamerV3 (arXiv:2301.04104).
 
-One step takes the deterministic state h (D), the stochastic state z (S*K) and an action to the
-next h. The state is cut into blocks that only meet through a narrow projection of the whole
+    x0, x1, x2 = project(h), project(z), project(action)       linear, RMS norm, SiLU
+    x          = SiLU(norm(block_linear([h, x0, x1, x2])))      each block: its slice of h, all of x
+    r, c, u    = block_linear(x)                                thirds of every block
+    h'         = sigmoid(u - 1) * tanh(sigmoid(r) * c) + (1 - sigmoid(u - 1)) * h
+
+The state h (D) is cut into blocks that only meet through the narrow projection x0 of the whole
 state, so the recurrent product costs 1/blocks of a dense one.
-
-What does not depend on the recurrent carry, the action's whole path, is `action_input`: it is
-computed for all steps at once, and only `step` stays inside the scan. There the deterministic
-state is (D, N), features first and the batch last: cutting it into blocks is then free, every
-gate is one contiguous slab, and no product needs a transposition. Of few columns a CPU computes
-rows instead: see `products.in_rows`.
-
-In a dream, where actions come one at a time, the path of an action that is one of few choices has
-as many outcomes: they are a table, which its one-hot multiplies.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxwm import nets, products
-from jaxwm.types import Array, Float, JaxwmError
+from jaxwm import nets
+from jaxwm.config import require
+from jaxwm.models.recurrent import sequence_by_scan
+from jaxwm.types import Array, Bool, Core, Float, Key, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,137 +36,95 @@ class BlockGRUConfig:
     blocks: int = 8
 
     def __post_init__(self):
-        if min(self.deter, self.hidden, self.blocks) < 1 or self.deter % self.blocks:
-            raise JaxwmError(
-                f"The recurrent core has deter={self.deter}, hidden={self.hidden} and "
-                f"blocks={self.blocks}: all must be positive and blocks must divide deter."
-            )
-
-
-class Kernels(NamedTuple):
-    """The kernels of the products inside `step`."""
-
-    in_deter: products.Kernel  # (D, hidden)
-    own: products.Kernel  # (blocks, D / blocks, D / blocks): a block's own slice of h
-    shared: products.Kernel  # (inputs * hidden, D): what all blocks read
-    gates: products.Kernel  # (blocks, D / blocks, 3 * D / blocks)
+        require(
+            min(self.deter, self.hidden, self.blocks) >= 1 and self.deter % self.blocks == 0,
+            f"The recurrent core has deter={self.deter}, hidden={self.hidden} and "
+            f"blocks={self.blocks}: all must be positive and blocks must divide deter.",
+        )
 
 
 class BlockGRU(nn.Module):
-    """`h' = u * tanh(r * c) + (1 - u) * h` with gates from a block-linear hidden layer."""
+    """The networks of the core."""
 
     config: BlockGRUConfig
     stoch_size: int
     action_size: int
     dtype: str = "float32"
-    one_hot: bool = False  # whether actions are one of `action_size` choices, or zeros
 
     def setup(self):
         deter, hidden, blocks = self.config.deter, self.config.hidden, self.config.blocks
         self.in_deter = nets.Linear(deter, hidden, dtype=self.dtype)
         self.in_stoch = nets.Linear(self.stoch_size, hidden, dtype=self.dtype)
         self.in_action = nets.Linear(self.action_size, hidden, dtype=self.dtype)
-        self.in_deter_norm = nets.RMSNorm(hidden, axis=0)
+        self.in_deter_norm = nets.RMSNorm(hidden)
         self.in_stoch_norm = nets.RMSNorm(hidden)
         self.in_action_norm = nets.RMSNorm(hidden)
         # Per block: its own slice of h, then the three projections that all blocks share.
         self.hidden = nets.BlockLinear(deter + 3 * hidden * blocks, deter, blocks, self.dtype)
-        self.hidden_norm = nets.RMSNorm(deter, axis=0)
+        self.hidden_norm = nets.RMSNorm(deter)
         self.gates = nets.BlockLinear(deter, 3 * deter, blocks, self.dtype)
 
     def __call__(
-        self, deter: Float[Array, "N D"], stoch: Float[Array, "N SK"], action: Float[Array, "N A"]
+        self, deter: Float[Array, "N D"], stoch: Float[Array, "N S"], action: Float[Array, "N A"]
     ) -> Float[Array, "N D"]:
-        """One step with the batch first."""
-        return self.dream(*self.dream_kernels(), deter.T, stoch, action).T
+        """One step from one state and action to the next state."""
+        return self.step(deter, stoch, self.embed(action))
 
-    def kernels(self) -> Kernels:
-        """What `step` multiplies with, laid out for all steps."""
-        return self._laid_out(self._shared(0, 2))
-
-    def dream_kernels(self) -> tuple[Kernels, Float[Array, "D 1"]]:
-        """What `dream` multiplies with and what it adds, laid out for all steps."""
-        if self.one_hot:
-            table = self.action_input(jnp.eye(self.action_size + 1, self.action_size, -1))
-            base, kernel = table[:, :1], (table[:, 1:] - table[:, :1]).T
-        else:
-            base, kernel = self.hidden.bias[:, None].astype(self.dtype), self._shared(2, 1)
-        return self._laid_out(jnp.concatenate([self._shared(0, 2), kernel])), base
-
-    def action_input(self, action: Float[Array, "*lead N A"]) -> Float[Array, "*lead D N"]:
-        """What an action adds to the hidden layer, its bias included."""
-        kernel, x2 = self._shared(2, 1).astype(self.dtype), self._embed_action(action)
-        return self.hidden.add_bias(jnp.swapaxes(products.product(x2, kernel), -1, -2), axis=-2)
-
-    def step(
-        self,
-        kernels: Kernels,
-        deter: Float[Array, "D N"],
-        stoch: Float[Array, "N SK"],
-        action_input: Float[Array, "D N"],
-    ) -> Float[Array, "D N"]:
-        """One step of the recurrence, from the precomputed `action_input`."""
-        return self._advance(kernels, deter, [self._embed_stoch(stoch)], action_input)
-
-    def dream(
-        self,
-        kernels: Kernels,
-        base: Float[Array, "D 1"],
-        deter: Float[Array, "D N"],
-        stoch: Float[Array, "N SK"],
-        action: Float[Array, "N A"],
-    ) -> Float[Array, "D N"]:
-        """One step of the recurrence, from an action that only this step has."""
-        action = action.astype(self.dtype) if self.one_hot else self._embed_action(action)
-        read = [self._embed_stoch(stoch), action]
-        return self._advance(kernels, deter, read, base)
-
-    def _shared(self, first: int, count: int) -> Float[Array, "inputs D"]:
-        """The kernel from some of the three projections that all blocks share."""
-        hidden = self.config.hidden
-        start = self.config.deter // self.config.blocks + first * hidden
-        return self.hidden.shared(start, count * hidden)
-
-    def _laid_out(self, shared: Float[Array, "inputs D"]) -> Kernels:
-        size = self.config.deter // self.config.blocks
-        return Kernels(
-            self.in_deter.laid_out(self.config.deter),
-            self.hidden.laid_out(size),
-            products.kernel_of(shared, self.dtype),
-            self.gates.laid_out(size),
-        )
-
-    def _embed_stoch(self, stoch: Float[Array, "N SK"]) -> Float[Array, "N hidden"]:
-        return nets.silu(self.in_stoch_norm(self.in_stoch(stoch)))
-
-    def _embed_action(self, action: Float[Array, "*lead N A"]) -> Float[Array, "*lead N hidden"]:
+    def embed(self, action: Float[Array, "*lead A"]) -> Float[Array, "*lead D"]:
+        """The action's share of the hidden layer, bias included."""
         # Clipped softly to [-1, 1], without a gradient through the divisor.
         action = action / jax.lax.stop_gradient(jnp.maximum(1.0, jnp.abs(action)))
-        return nets.silu(self.in_action_norm(self.in_action(action)))
+        x2 = jax.nn.silu(self.in_action_norm(self.in_action(action)))
+        return self.hidden.add_bias(self.hidden.shared_rows(x2, self._shared_start(2)))
 
-    def _advance(
-        self,
-        kernels: Kernels,
-        deter: Float[Array, "D N"],
-        read: list[Float[Array, "N _"]],
-        added: Float[Array, "D M"],
-    ) -> Float[Array, "D N"]:
-        """The next state: all blocks `read` some projections; what others give is `added`."""
+    def step(
+        self, deter: Float[Array, "N D"], stoch: Float[Array, "N S"], embedded: Float[Array, "N D"]
+    ) -> Float[Array, "N D"]:
+        """One step of the recurrence, from the embedded action."""
         blocks = self.config.blocks
-        cut = (blocks, deter.shape[0] // blocks, deter.shape[1])
-        x0 = self.in_deter.add_bias(products.columns(kernels.in_deter, deter), axis=0)
-        x0 = nets.silu(self.in_deter_norm(x0))
-        own = products.columns(kernels.own, deter.reshape(cut)).reshape(deter.shape)
-        shared = products.columns(kernels.shared, jnp.concatenate([x0, *(x.T for x in read)]))
-        x = nets.silu(self.hidden_norm(own + shared + added))
-        bias = self.gates.bias.astype(self.dtype).reshape(blocks, 3, -1, 1)
-        gates = products.columns(kernels.gates, x.reshape(cut)).reshape(blocks, 3, *cut[1:]) + bias
-        # Columns lie in memory feature by feature, whatever the block; rows block by block.
-        rows = products.in_rows(kernels.gates, deter)
-        reset, candidate, update, old = (
-            part.reshape(cut if rows else deter.shape)
-            for part in (gates[:, 0], gates[:, 1], gates[:, 2], deter)
-        )
+        x0 = jax.nn.silu(self.in_deter_norm(self.in_deter(deter)))
+        x1 = jax.nn.silu(self.in_stoch_norm(self.in_stoch(stoch)))
+        shared = self.hidden.shared_rows(jnp.concatenate([x0, x1], -1), self._shared_start(0))
+        x = jax.nn.silu(self.hidden_norm(self.hidden.rows(deter, 0) + shared + embedded))
+        gates = self.gates(x).reshape(len(deter), blocks, 3, -1)
+        reset, candidate, update = (gates[:, :, i].reshape(deter.shape) for i in range(3))
         update = jax.nn.sigmoid(update - 1)
-        new = update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * old
-        return (products.rowwise(new) if rows else new).reshape(deter.shape)
+        return update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * deter
+
+    def _shared_start(self, index: int) -> int:
+        """The row of each block's kernel at which x0, x1 or x2 begins."""
+        return self.config.deter // self.config.blocks + index * self.config.hidden
+
+
+def block_gru(
+    config: BlockGRUConfig, stoch_size: int, action_size: int, dtype: str = "float32"
+) -> Core:
+    """The core as pure functions; its carry is h.
+
+    Args:
+      config: sizes.
+      stoch_size: length of the flat stochastic state.
+      action_size: length of the action as a vector.
+      dtype: compute type.
+    """
+    module = BlockGRU(config, stoch_size, action_size, dtype)
+    embed, advance = nets.call(module, "embed"), nets.call(module, "step")
+
+    def init(key: Key) -> Params:
+        sizes = config.deter, stoch_size, action_size
+        return module.init(key, *(jnp.zeros((1, size)) for size in sizes))["params"]
+
+    def initial(batch: int) -> Float[Array, "B D"]:
+        return jnp.zeros((batch, config.deter), dtype)
+
+    def step(
+        params: Params,
+        deter: Float[Array, "B D"],
+        stoch: Float[Array, "B S"],
+        embedded: Float[Array, "B D"],
+        is_first: Bool[Array, " B"],
+    ) -> Float[Array, "B D"]:
+        return advance(params, jnp.where(is_first[:, None], 0, deter), stoch, embedded)
+
+    deter = lambda carry: carry  # noqa: E731
+    return Core(init, initial, embed, step, deter, sequence_by_scan(step, deter))

@@ -21,7 +21,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxwm import dists, nets, products
+from jaxwm import dists, products
+from jaxwm import nets_before as nets
 from jaxwm.config import at_least, require
 from jaxwm.models import latents as lt
 from jaxwm.models.encoders import (

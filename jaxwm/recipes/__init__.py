@@ -5,11 +5,11 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from jaxwm import sweep
 from jaxwm.agent import AgentConfig
 from jaxwm.config import flatten, require
 from jaxwm.envs.host import HostConfig
-from jaxwm.replay import ReplayConfig
+from jaxwm.recipes import sweep
+from jaxwm.replay.device import ReplayConfig
 
 # In one program; a mistyped number is no reason to compute for hours.
 _MOST_MEMBERS = 4096

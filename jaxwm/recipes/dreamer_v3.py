@@ -28,7 +28,7 @@ from jaxwm.models.latents import LatentConfig
 from jaxwm.models.world_model import WorldModelConfig
 from jaxwm.optim import OptimConfig
 from jaxwm.recipes import RunConfig, anneal
-from jaxwm.replay import ReplayConfig
+from jaxwm.replay.device import ReplayConfig
 from jaxwm.types import nearest
 
 # The one knob of the paper's sizes is the deterministic state; everything else follows.

@@ -23,10 +23,10 @@ import jax
 import numpy as np
 from hypothesis import strategies as st
 
-from jaxwm import checkpoint
 from jaxwm.config import flatten, from_dict
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.run import run as train_run
+from jaxwm.run import checkpoint
+from jaxwm.run.loop import run as train_run
 from jaxwm.types import JaxwmError
 from tests.faults.damage import TINY, Answer, Broken, call, command, copy, holds
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxwm import checkpoint, manifest, train
-from jaxwm.run import run as train_run
+from jaxwm import train
+from jaxwm.run import checkpoint, manifest
+from jaxwm.run.loop import run as train_run
 from jaxwm.types import JaxwmError
 from tests.faults.damage import Broken, bits, command, copy, holds, small
 

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import checkpoint, train
+from jaxwm import train
 from jaxwm.recipes import dreamer_v3
+from jaxwm.run import checkpoint
 from tests.faults.damage import command
 
 _SAVING, _WATCH = 0.05, 0.01  # what they may cost, as shares of the training

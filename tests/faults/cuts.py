@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxwm import checkpoint, train
+from jaxwm import train
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay import ReplayConfig
+from jaxwm.replay.device import ReplayConfig
+from jaxwm.run import checkpoint
 from tests.faults.damage import bits, command
 
 _ENVS = ("toy/Memory", "toy/Pixels", "toy/Reach", "toy/Mixed")

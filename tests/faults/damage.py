@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.lines import emit, machine
 from jaxwm import cli
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay import ReplayConfig
+from jaxwm.replay.device import ReplayConfig
 
 # A run of seconds; `tests/conftest.py` gives it to all tests.
 TINY = RunConfig(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxwm import checkpoint
+from jaxwm.run import checkpoint
 from tests.faults.damage import Answer, command, holds, small, steady
 from tests.faults.runs import CLI, Truth, words
 

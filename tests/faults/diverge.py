@@ -20,8 +20,9 @@ from unittest import mock
 import jax
 import numpy as np
 
-from jaxwm import checkpoint, train
+from jaxwm import train
 from jaxwm.recipes import RunConfig
+from jaxwm.run import checkpoint
 from tests.faults.damage import Answer, call, command, holds, small, steady, train_words
 
 POISONED = small(env="tests.faults.poison:poisoned", eval_episodes=0)
@@ -54,7 +55,7 @@ def trial(config: RunConfig, folder: Path, like: Any, alone: bool = False) -> st
         with (
             mock.patch.object(checkpoint, "KEPT", 1000),
             mock.patch.object(train, "build", _build),
-            mock.patch("jaxwm.run.draw", lambda *args: {}),
+            mock.patch("jaxwm.run.loop.draw", lambda *args: {}),
         ):
             answer = call(*words)
     holds("Traceback" not in answer.out + answer.err, f"a traceback: {answer.err[-2000:]}")

@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxwm import checkpoint, heap, memory, train
+from jaxwm import heap, train
 from jaxwm.envs.host import resident_bytes
 from jaxwm.recipes import dreamer_v3
+from jaxwm.run import checkpoint, memory
 from tests.faults.damage import command
 
 _WITHIN = 0.10

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxwm import lock
-from jaxwm.log import read_metrics
-from jaxwm.run import run as train_run
+from jaxwm.run import lock
+from jaxwm.run.log import read_metrics
+from jaxwm.run.loop import run as train_run
 from tests.faults.damage import Answer, command, copy, holds, plain, small, steady, train_words
 from tests.faults.runs import CLI
 

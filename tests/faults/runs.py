@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
-from jaxwm import checkpoint, train
+from jaxwm import train
 from jaxwm.recipes import RunConfig
-from jaxwm.run import run as train_run
+from jaxwm.run import checkpoint
+from jaxwm.run.loop import run as train_run
 from tests.faults.damage import bits, holds, steady, train_words
 
 CLI = [sys.executable, "-m", "jaxwm.cli"]

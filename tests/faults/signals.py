@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxwm import checkpoint
+from jaxwm.run import checkpoint
 from tests.faults.damage import Broken, command, holds, small
 from tests.faults.runs import CLI, Truth, words
 

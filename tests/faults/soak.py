@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxwm import checkpoint
-from jaxwm.log import read_metrics
+from jaxwm.run import checkpoint
+from jaxwm.run.log import read_metrics
 from tests.faults.damage import Broken, command, holds, steady
 from tests.faults.runs import CLI
 

@@ -20,10 +20,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxwm import checkpoint, mesh, train
+from jaxwm import train
 from jaxwm.agent import make_agent
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay import ReplayConfig
+from jaxwm.replay.device import ReplayConfig
+from jaxwm.run import checkpoint
+from jaxwm.train import mesh
 from jaxwm.types import JaxwmError
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

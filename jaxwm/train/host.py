@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import compiler, replay_host, train
+from jaxwm import compiler, train
 from jaxwm.agent import Agent, AgentState
 from jaxwm.envs.host import Pool, TooManyFaults
-from jaxwm.mesh import Layout
 from jaxwm.recipes import RunConfig
-from jaxwm.replay import Buffer, Cursor, Packed, Replay, close_abandoned, pack, unpack
+from jaxwm.replay import host as replay_host
+from jaxwm.replay.device import Buffer, Cursor, Packed, Replay, close_abandoned, pack, unpack
+from jaxwm.train.mesh import Layout
 from jaxwm.types import Action, Array, HostEnv, Key, Latent, Params, Step
 
 

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxwm import __version__, checkpoint
+from jaxwm import __version__
 from jaxwm.config import flatten
-from jaxwm.log import read_metrics
 from jaxwm.recipes import RunConfig, recipes
+from jaxwm.run import checkpoint
+from jaxwm.run.log import read_metrics
 
 SUMMARY = "SUMMARY.md"
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
@@ -160,7 +161,7 @@ The configuration is in `{checkpoint.CONFIG}`, the metrics are in `metrics.jsonl
 
 def _commit() -> str | None:
     """The commit jaxwm is run from, with "-dirty" if files were changed; None outside git."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]

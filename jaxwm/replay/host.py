@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxwm.replay import Buffer, Packed, places
+from jaxwm.replay.device import Buffer, Packed, places
 from jaxwm.types import Step
 
 

@@ -20,17 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from jaxwm import checkpoint, lock, memory, mesh, plot, stop, sweep, train
 from jaxwm import config as configs
+from jaxwm import train
 from jaxwm.agent import Agent
 from jaxwm.config import require
 from jaxwm.envs.host import Pool, resident_bytes
 from jaxwm.evaluate import rollout
-from jaxwm.log import FILE, Logger, read_metrics
 from jaxwm.policy import apart, trained
-from jaxwm.recipes import RunConfig
-from jaxwm.report import SUMMARY, Summary, write_summary, write_versions
+from jaxwm.recipes import RunConfig, sweep
+from jaxwm.run import checkpoint, lock, memory, stop
+from jaxwm.run.log import FILE, Logger, read_metrics
+from jaxwm.run.report import SUMMARY, Summary, write_summary, write_versions
+from jaxwm.train import mesh
 from jaxwm.types import Env, HostEnv, JaxwmError, Key, Params, is_image
+from jaxwm.view import plot
 
 # Pictured are at most so many rows, of which the model sees the first few: those of the longest
 # first episode among so many environments.

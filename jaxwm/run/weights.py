@@ -24,11 +24,12 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxwm import checkpoint, train
 from jaxwm import config as configs
+from jaxwm import train
 from jaxwm.agent import make_agent
 from jaxwm.config import few, require
 from jaxwm.recipes import RunConfig
+from jaxwm.run import checkpoint
 from jaxwm.types import Env, HostEnv, JaxwmError, Params
 
 ABOUT, TENSORS = "weights.json", "params.safetensors"

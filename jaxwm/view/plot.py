@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxwm.evaluate.compare import Comparison
-from jaxwm.log import read_metrics
+from jaxwm.run.log import read_metrics
 from jaxwm.types import Array, JaxwmError, nearest
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.

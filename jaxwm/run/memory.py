@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxwm.config import require
 from jaxwm.recipes import RunConfig
-from jaxwm.replay import device_bytes
+from jaxwm.replay.device import device_bytes
 from jaxwm.train import Chunk, Program
 from jaxwm.types import JaxwmError
 

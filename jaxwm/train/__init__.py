@@ -23,14 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import compiler, envs, mesh, nets, sweep
+from jaxwm import backend, compiler, envs
 from jaxwm.agent import Agent, AgentState, make_agent
 from jaxwm.config import require
 from jaxwm.envs import check, wrappers
 from jaxwm.envs.host import limit_and_repeat
-from jaxwm.mesh import P
-from jaxwm.recipes import RunConfig
-from jaxwm.replay import Buffer, Cursor, Replay, check_fits, replay
+from jaxwm.recipes import RunConfig, sweep
+from jaxwm.replay.device import Buffer, Cursor, Replay, check_fits, replay
+from jaxwm.train import mesh
+from jaxwm.train.mesh import P
 from jaxwm.types import (
     ALONE,
     Array,
@@ -225,7 +226,7 @@ def build(
     check_fits(here * layout.sharing, place=config.replay.place)
     count = iterations or max(1, config.log_every // config.envs)
     if isinstance(env, HostEnv):
-        from jaxwm.train_host import on_host  # it builds on this file
+        from jaxwm.train.host import on_host  # it builds on this file
 
         return on_host(config, env, agent_of, memory, count, layout)
     return _on_device(of_shard, env, agent_of, memory, count, layout)
@@ -251,7 +252,7 @@ def agents(
         return make_agent(sweep.put(config, values).agent, *spaces, shards) if values else plain
 
     # Whole updates: members meet nowhere within, and each has the cache for itself.
-    update = nets.one_by_one(lambda values, *given: made(values).update(*given))
+    update = backend.one_by_one(lambda values, *given: made(values).update(*given))
 
     def agent_of(values: dict[str, Any]) -> Agent:
         agent = made(values)

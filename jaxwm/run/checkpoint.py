@@ -37,10 +37,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from jaxwm import arrays, heap, log, manifest, mesh
+from jaxwm import heap
 from jaxwm.config import differences, few, from_dict, read_json, require, to_dict
-from jaxwm.manifest import Damaged
 from jaxwm.recipes import RunConfig
+from jaxwm.run import arrays, log, manifest
+from jaxwm.run.manifest import Damaged
+from jaxwm.train import mesh
 from jaxwm.types import JaxwmError, Params
 
 CONFIG = "config.json"

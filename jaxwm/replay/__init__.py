@@ -1,0 +1,1 @@
+"""Replay: rings of rows on the device or in the host's memory."""
