@@ -42,6 +42,7 @@ from jaxwm.types import (
     Float,
     JaxwmError,
     Key,
+    Mode,
     PyTree,
     Space,
     WorldModel,
@@ -98,7 +99,7 @@ class Proposal(NamedTuple):
       sample: `parameters (H, B), noise (H, B, K) -> actions (H, B, K)`.
       refit: `elites (H, B, E) -> parameters (H, B)`.
       best: `parameters -> action`, the one to execute.
-      explore: `action (B), key -> action (B)` with exploration noise.
+      explore: `action (B), noise (B) -> action (B)`, the action with exploration noise added.
     """
 
     start: Callable[[tuple[int, ...]], PyTree]
@@ -106,7 +107,7 @@ class Proposal(NamedTuple):
     sample: Callable[[PyTree, Array], Array]
     refit: Callable[[Array], PyTree]
     best: Callable[[PyTree], Array]
-    explore: Callable[[Array, Key], Array]
+    explore: Callable[[Array, Array], Array]
 
 
 class Normal(NamedTuple):
@@ -160,8 +161,7 @@ def gaussian(config: CEMConfig, space: Box) -> Proposal:
     def best(normal: Normal) -> Array:
         return normal.mean
 
-    def explore(action: Array, key: Key) -> Array:
-        noise = jax.random.normal(key, action.shape)
+    def explore(action: Array, noise: Array) -> Array:
         return jnp.clip(action + config.explore * noise, -1.0, 1.0)
 
     return Proposal(start, draws, sample, refit, best, explore)
@@ -197,12 +197,11 @@ def categorical(config: CEMConfig, space: Discrete) -> Proposal:
     def best(probs: Array) -> Array:
         return jnp.argmax(probs, -1).astype(jnp.int32)
 
-    def explore(action: Array, key: Key) -> Array:
-        key_whether, key_class = jax.random.split(key)
-        lead = action.shape[:1]
-        other = jnp.argmax(jnp.log(start(lead)) + draws(key_class, lead), -1)
-        replace = jax.random.bernoulli(key_whether, config.explore_discrete, action.shape)
-        return jnp.where(replace, other.astype(jnp.int32), action)
+    def explore(action: Array, noise: Array) -> Array:
+        planned = jax.nn.one_hot(action, space.width)
+        share = config.explore_discrete
+        probs = (1 - share) * planned + share * start(action.shape[:1])
+        return jnp.argmax(jnp.log(probs) + noise, -1).astype(jnp.int32)
 
     return Proposal(start, draws, sample, refit, best, explore)
 
@@ -320,37 +319,37 @@ def planner(
     def unwrap(actions: dict[str, Array]) -> Action:
         return actions["action"] if bare else actions
 
-    def keys(key: Key) -> dict[str, Key]:
-        return dict(zip(found, jax.random.split(key, len(found)), strict=True))
+    def draws(key: Key, lead: tuple[int, ...]) -> dict[str, Array]:
+        keys = jax.random.split(key, len(found))
+        return {name: found[name].draws(k, lead) for name, k in zip(found, keys, strict=True)}
 
     def act(
         params: PyTree,
         dreamer: Dreamer,
         carry: tuple[()],
-        start_carry: PyTree,
+        model_carry: PyTree,
         latent: PyTree,
         key: Key,
-        mode: str = "explore",
-    ) -> tuple[tuple[()], Action, tuple[()]]:
+        mode: Mode = "explore",
+    ) -> tuple[tuple[()], Action]:
         del params
         key_actions, key_model, key_explore = jax.random.split(key, 3)
-        batch = jax.tree.leaves((start_carry, latent))[0].shape[0]
+        batch = jax.tree.leaves((model_carry, latent))[0].shape[0]
         lead = (config.iterations, config.horizon)
-        shape = (*lead, batch, config.candidates)
-        noise = {k: found[k].draws(x, shape) for k, x in keys(key_actions).items()}
         search = cem(
             config,
             found,
             lambda state, actions, draws: dreamer.step(state, unwrap(actions), draws),
             lambda latents: predicted_rewards(dreamer, latents, config.continues),
-            start_carry,
-            noise,
+            model_carry,
+            draws(key_actions, (*lead, batch, config.candidates)),
             dreamer.draws(key_model, (*lead, batch * config.candidates)),
         )
         actions = {k: p.best(search.plan[k])[0] for k, p in found.items()}
         if mode == "explore":
-            actions = {k: found[k].explore(actions[k], x) for k, x in keys(key_explore).items()}
-        return carry, unwrap(actions), ()
+            noise = draws(key_explore, (batch,))
+            actions = {k: p.explore(actions[k], noise[k]) for k, p in found.items()}
+        return carry, unwrap(actions)
 
     return Behavior(
         init=lambda key: {},

@@ -68,8 +68,8 @@ def acting(config, space, dreamer):
             mode: behavior.act({}, dreamer, carry, positions, latent, jax.random.clone(key), mode)
             for mode in ("explore", "sample", "greedy")
         }
-        assert all(carry == () and memo == () for carry, _, memo in acts.values())
-        return {mode: action for mode, (_, action, _) in acts.items()}
+        assert all(carry == () for carry, _ in acts.values())
+        return {mode: action for mode, (_, action) in acts.items()}
 
     return every_mode
 
@@ -125,7 +125,8 @@ def test_an_action_that_lacks_classes_is_never_given_one_of_them():
     start = proposal.start((1, 1))
     np.testing.assert_allclose(start[0, 0], [[0.5, 0.5, 0], [1 / 3] * 3], rtol=1e-6)
     sampled = proposal.sample(start, proposal.draws(jax.random.key(0), (1, 1, 300)))
-    explored = proposal.explore(jnp.zeros((300, 2), jnp.int32), jax.random.key(1))
+    noise = proposal.draws(jax.random.key(1), (300,))
+    explored = proposal.explore(jnp.zeros((300, 2), jnp.int32), noise)
     for actions in (sampled[0, 0], explored):
         counts = [np.bincount(column, minlength=3) for column in np.asarray(actions).T]
         assert counts[0][2] == 0
