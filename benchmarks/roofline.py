@@ -270,7 +270,7 @@ def parts(run: RunConfig, obs: str, repeats: int) -> dict[str, float]:
         out = decoder.apply({"params": p["model"]["decoder"]}, latents.deter, stoch)
         return sum(jnp.square(x).mean() for x in jax.tree.leaves((tokens, out)))
 
-    optimizer, slow = laprop(**dataclasses.asdict(config.optim)), slow_copy(config.slow_rate)
+    optimizer, slow = laprop(**vars(config.optim)), slow_copy(config.slow_rate)
 
     @compiler.jit
     def optimise(p, grads, opt, slow_state):

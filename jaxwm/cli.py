@@ -432,8 +432,18 @@ def _configure(recipe: str, default: Any, words: list[str], others: list[str]) -
     import tyro
 
     from jaxwm.config import flatten
-    from jaxwm.recipes import anneal
+    from jaxwm.optim import Number, parse_number
 
+    # A number or a schedule is one word; tyro would make subcommands of the two.
+    rules = tyro.constructors.ConstructorRegistry()
+    number = tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NUMBER|SCHEDULE",
+        instance_from_str=lambda words: parse_number(words[0]),
+        is_instance=lambda value: isinstance(value, Number),
+        str_from_instance=lambda value: [str(value)],
+    )
+    rules.primitive_rule(lambda info: number if info.type == Number else None)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
@@ -444,6 +454,7 @@ def _configure(recipe: str, default: Any, words: list[str], others: list[str]) -
                 default=default,
                 args=words,
                 return_unknown_args=True,
+                registry=rules,
             )
     except SystemExit as stop:
         if stop.code:
@@ -451,10 +462,6 @@ def _configure(recipe: str, default: Any, words: list[str], others: list[str]) -
         raise
     names = [f"--{path.replace('_', '-')}" for path in flatten(default)]
     _refuse(rest, names + others, f"jaxwm train {recipe}")
-    falls = "--agent.optim.anneal-steps"
-    given = any(word.partition("=")[0].replace("_", "-") == falls for word in words)
-    if default.agent.optim.anneal_steps and not given:
-        config = anneal(config)  # whose length the flags may have changed
     if config.recipe != recipe:
         raise UsageError(f"The recipe is {recipe}; --recipe {config.recipe} contradicts it.")
     return config

@@ -4,6 +4,7 @@ Reading is strict: an unknown key, a missing key or a value of another type is r
 path of the key, so a stored configuration means what it says.
 """
 
+import copy
 import dataclasses
 import errno
 import json
@@ -128,13 +129,26 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
     return lines
 
 
+class Inline:
+    """Base of a dataclass that is one entry of a configuration, and one flag: `str` of it."""
+
+
 def flatten(config: Any, path: str = "") -> dict[str, Any]:
     """The entries of a dataclass by their dotted paths, those of nested dataclasses in place."""
     entries = {}
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), path + field.name
-        entries |= flatten(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+        nested = dataclasses.is_dataclass(value) and not isinstance(value, Inline)
+        entries |= flatten(value, f"{name}.") if nested else {name: value}
     return entries
+
+
+def unchecked(config: T, **values: Any) -> T:
+    """`dataclasses.replace` without `__post_init__`, whose checks need real numbers, not traced."""
+    config = copy.copy(config)
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+    return config
 
 
 def require(condition: bool, message: str) -> None:
@@ -181,8 +195,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     elif origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (inner,) = [arg for arg in args if arg is not type(None)]
-        return _convert(inner, value, path)
+        kinds = [arg for arg in args if arg is not type(None)]
+        # A number or a table, such as a schedule.
+        fits = [arg for arg in kinds if dataclasses.is_dataclass(arg) == isinstance(value, dict)]
+        return _convert((fits or kinds)[0], value, path)
     elif origin is tuple and isinstance(value, list):
         return tuple(_convert(args[0], part, f"{path}[{i}]") for i, part in enumerate(value))
     elif hint is float and type(value) is int and abs(value) <= sys.float_info.max:

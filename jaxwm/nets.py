@@ -118,11 +118,12 @@ class Linear(nn.Module):
     scale: float = 1.0
     dtype: str = "float32"
     kernel_init: Init = "truncated_normal"
+    bias_init: float = 0.0
 
     def setup(self):
         init = initializer(self.kernel_init, self.inputs, self.scale)
         self.kernel = self.param("kernel", init, (self.inputs, self.outputs))
-        self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+        self.bias = self.param("bias", nn.initializers.constant(self.bias_init), (self.outputs,))
 
     def __call__(self, x: Num[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
         return self.add_bias(self.rows(x, 0))
@@ -216,11 +217,17 @@ class Heads(nn.Module):
 
     @nn.compact
     def __call__(self, x: Num[Array, "*lead inputs"]) -> dict[str, Array]:
-        sizes, options = (
-            (self.inputs, self.units, self.layers),
-            (self.norm, self.act, self.kernel_init),
-        )
-        x = MLP(*sizes, self.dtype, *options, self.hidden_scale, name="mlp")(x)
+        x = MLP(
+            self.inputs,
+            self.units,
+            self.layers,
+            dtype=self.dtype,
+            norm=self.norm,
+            act=self.act,
+            kernel_init=self.kernel_init,
+            scale=self.hidden_scale,
+            name="mlp",
+        )(x)
         return {
             name: Linear(self.units, size, self.scale, self.dtype, self.kernel_init, name=name)(x)
             for name, size in self.outputs.items()

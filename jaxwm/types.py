@@ -302,6 +302,10 @@ class Core(NamedTuple):
     sequence: Callable[..., tuple[PyTree, Array, PyTree | None]]
 
 
+# `config (with the size deter), stoch size, action size, dtype -> Core`.
+CoreConstructor = Callable[[Any, int, int, str], Core]
+
+
 class Behavior(NamedTuple):
     """How to act with a world model, as pure functions.
 
@@ -342,7 +346,7 @@ class Shards(NamedTuple):
         device's part of the mean.
       total: `tree -> tree`, sums over all shards.
       all_gather: `array -> array`, those of all shards, with further leading axes.
-      slice: `AgentState -> AgentState`, the part that a device holds.
+      slice: `tree -> tree`, the part of what was learned that a device holds.
       gather_params: `parameters -> parameters`, whole, from the parts of all devices.
       gather_rest: the same for the behaviour's state.
       sum_parts: `numbers -> numbers`, one for each tensor of the parameters: from sums over a
@@ -372,6 +376,7 @@ __all__ = [
     "Bool",
     "Box",
     "Core",
+    "CoreConstructor",
     "Discrete",
     "Dreamer",
     "Env",

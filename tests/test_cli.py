@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import jaxwm
-from jaxwm import cli
+from jaxwm import cli, optim
 from jaxwm.recipes import dreamer_v3
 from jaxwm.run.report import command
 
@@ -95,12 +95,35 @@ def test_a_preset_is_a_configuration_of_which_flags_change_entries(preset, start
 def test_the_learning_rate_of_a_preset_falls_to_the_end_of_a_run_of_any_length(started):
     flags = ["", "--steps 64000", "--steps 64000 --replay.train-ratio 32 --replay.batch-size 8"]
     flags += ["--steps 64 --agent.optim.warmup-steps 50"]
-    flags += ["--steps 64000 --agent.optim.anneal_steps 8000"]
+    flags += ["--steps 64000 --agent.optim.learning_rate linear:1e-3:1e-4:0:8000"]
     for words in flags:
         assert cli.main(["train", "dreamer_v3", "--preset", "cartpole", *words.split()]) == 0
-    # 16,000 steps * 64 / (4 * 32) are 8,000 updates; a run that is over sooner ends in the warmup.
-    falls = [config.agent.optim.anneal_steps for config, _, _ in started]
-    assert falls == [8_000, 32_000, 8_000, 51, 8_000]
+    # 16,000 steps * 64 / (4 * 32) are 8,000 updates.
+    told = [config for config, _, _ in started]
+    rates = [config.agent.optim.learning_rate for config in told]
+    assert rates[:4] == [optim.Schedule(1e-3, 1e-4)] * 4
+    assert [config.updates for config in told] == [8_000, 32_000, 8_000, 32, 32_000]
+    solved = [optim.resolve(x.agent, x.updates).optim.learning_rate.updates for x in told]
+    assert solved == [8_000, 32_000, 8_000, 32, 8_000]
+
+
+def test_a_rate_is_a_number_or_a_schedule(started, capsys):
+    words = ["train", "dreamer_v3", "--preset", "cartpole", "--agent.optim.learning-rate"]
+    for text in ("2e-3", "cosine:2e-3:0.0", "exponential:1e-3:1e-5:10:100"):
+        assert cli.main([*words, text]) == 0
+    assert [config.agent.optim.learning_rate for config, _, _ in started] == [
+        2e-3,
+        optim.Schedule(2e-3, 0.0, "cosine"),
+        optim.Schedule(1e-3, 1e-5, "exponential", 10, 100),
+    ]
+    for text, told in (
+        ("fast", "--agent.optim.learning-rate should be a number, not 'fast'."),
+        ("linear:1", "'linear:1' is not SHAPE:START:END[:WARMUP[:UPDATES]]"),
+        ("linear:1e-3:1e-4:10:5", "Schedule.updates is 5, but it counts from the start"),
+        ("linear:1e-3:-1e-4", "learning_rate is linear:0.001:-0.0001:0:0; it must be positive"),
+    ):
+        assert cli.main([*words, text]) == 2
+        assert told in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_command_in_the_summary_makes_the_same_run(tiny, started):

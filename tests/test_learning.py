@@ -18,7 +18,7 @@ from jaxwm.models.encoders import CodecConfig
 from jaxwm.models.gru import BlockGRUConfig
 from jaxwm.models.latents import LatentConfig
 from jaxwm.models.world_model import WorldModelConfig
-from jaxwm.optim import OptimConfig
+from jaxwm.optim import OptimConfig, Schedule
 from jaxwm.recipes import RunConfig
 from jaxwm.replay.device import ReplayConfig
 
@@ -47,7 +47,7 @@ def config(name: str, updates: int) -> RunConfig:
     # Small observations and rare rewards count little against the KL of a latent, which starts
     # at a nat: let them count more.
     weights = LossWeights(rec=5.0)
-    rate, anneal, ratio = 2e-3, 0, 32
+    rate, ratio = 2e-3, 32
     if name == "Memory":
         # Only the reward tells that the cue is worth keeping, and only together with the action.
         core, latent = dataclasses.replace(core, deter=64, hidden=64), LatentConfig(2, 4)
@@ -55,7 +55,7 @@ def config(name: str, updates: int) -> RunConfig:
         weights = LossWeights(rec=5.0, reward=100.0)
     if name == "Reach":
         # Close to the optimum a policy that keeps moving is as often short of it.
-        weights, rate, anneal = LossWeights(rec=5.0, reward=20.0), 4e-3, updates
+        weights, rate = LossWeights(rec=5.0, reward=20.0), Schedule(4e-3, 4e-4)
     if name == "Dials":
         latent = LatentConfig(8, 8)
         behavior = dataclasses.replace(behavior, imagine=3, entropy=1e-2)
@@ -70,7 +70,7 @@ def config(name: str, updates: int) -> RunConfig:
         behavior = dataclasses.replace(behavior, imagine=6, entropy=2e-2)
         weights, rate = LossWeights(rec=2000.0, reward=20.0), 3e-3
     model = WorldModelConfig(core, latent, codec, units=32, bins=41, horizon=HORIZON)
-    optim = OptimConfig(rate, warmup_steps=50, anneal_steps=anneal)
+    optim = OptimConfig(rate, warmup_steps=50)
     agent = AgentConfig(model, behavior, weights, optim)
     replay = ReplayConfig(capacity=20_000, batch_size=8, batch_length=16, train_ratio=ratio)
     steps = updates * 128 // ratio

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jaxwm import optim
+from jaxwm.config import from_dict, to_dict, unchecked
 from jaxwm.types import JaxwmError
 
 PARAMS = {"kernel": jnp.asarray([[3.0, 4.0]]), "bias": jnp.zeros(2)}
@@ -71,17 +72,6 @@ def test_the_first_step_has_the_size_of_the_learning_rate():
     np.testing.assert_allclose(updates["bias"], [-0.01, 0.0], rtol=1e-5)
 
 
-def test_annealing_falls_to_a_tenth():
-    fall = optim.warmup(2.0, 10, 30)
-    # Half-way up, at the top, half-way down (1 + 0.1) / 2 of 2, at the end and beyond it.
-    np.testing.assert_allclose([fall(n) for n in (5, 10, 20, 30, 99)], [1, 2, 1.1, 0.2, 0.2])
-    assert float(optim.warmup(2.0, 0, 4)(0)) == 2
-    with pytest.raises(JaxwmError, match="steps=10, anneal_steps=10"):
-        optim.warmup(2.0, 10, 10)
-    with pytest.raises(JaxwmError, match=r"anneal_steps is 5.* more than the 10"):
-        optim.OptimConfig(warmup_steps=10, anneal_steps=5)
-
-
 def test_warmup_starts_at_zero_and_ends_at_the_rate():
     ramp = optim.warmup(2.0, 10)
     rates = [float(ramp(count)) for count in (0, 1, 5, 10, 1000)]
@@ -93,17 +83,289 @@ def test_warmup_starts_at_zero_and_ends_at_the_rate():
 
 
 def test_the_config_spells_the_arguments_of_laprop():
-    optimizer = optim.laprop(**dataclasses.asdict(optim.OptimConfig(learning_rate=1.0)))
+    optimizer = optim.laprop(**vars(optim.OptimConfig(learning_rate=1.0)))
     updates, _ = optimizer.update(GRADS[0], optimizer.init(PARAMS), PARAMS)
     np.testing.assert_array_equal(updates["kernel"], [[0.0, 0.0]])  # warmup is on
 
 
-def test_a_schedule_is_used_as_it_is():
-    optimizer = optim.laprop(lambda count: 0.5 + count)
-    state = optimizer.init(PARAMS)
-    for size in (0.5, 1.5):
+@pytest.mark.parametrize("own", [0, 4])
+def test_laprop_follows_a_schedule_after_its_warmup(own):
+    # 0, 0.25, 0.5, 0.75, 1 of 2.0, half-way down (1 + 0.1) / 2 of it, and a tenth for good.
+    rate = optim.Schedule(2.0, 0.2, warmup=own, updates=8)
+    optimizer = optim.laprop(rate, warmup_steps=4 - own)
+    update, state = jax.jit(optimizer.update), optimizer.init(PARAMS)
+    sizes = []
+    for _ in range(10):
+        updates, state = update(GRADS[0], state, PARAMS)
+        sizes.append(float(updates["kernel"][0, 1]))
+    expected = [0, 0.5, 1, 1.5, 2, 1.55, 1.1, 0.65, 0.2, 0.2]
+    np.testing.assert_allclose(sizes, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_the_state_of_laprop_has_the_same_tree_with_and_without_a_schedule():
+    trees = [
+        jax.tree.structure(optim.laprop(rate, steps).init(PARAMS))
+        for rate in (1.0, optim.Schedule(1.0, 0.1, updates=9))
+        for steps in (0, 5)
+    ]
+    assert all(tree == trees[0] for tree in trees)
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(optim.laprop().init(PARAMS))
+    ]
+    moments = [f"1/{kind}/{name}" for kind in ("square", "momentum") for name in ("bias", "kernel")]
+    assert names == ["1/count", *moments, "2/count"]  # as in checkpoints
+
+
+COUNTS = (0, 1, 5, 10, 15, 20, 30, 99)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        # Up in 10 updates, then 20 more: half-way (2 + 0.2) / 2 at 20.
+        (("linear", 10, 30), (0, 0.2, 1, 2, 1.55, 1.1, 0.2, 0.2)),
+        (("linear", 0, 20), (2, 1.91, 1.55, 1.1, 0.65, 0.2, 0.2, 0.2)),
+        # 1.1 + 0.9 * cos(pi * p) with p = 1/4, 1/2, 1.
+        (("cosine", 10, 30), (0, 0.2, 1, 2, 1.1 + 0.9 * np.sqrt(0.5), 1.1, 0.2, 0.2)),
+        # Half of the way from 2 to 0.2 in 10 updates: 0.2 + 1.8 / 2^p.
+        (
+            ("exponential", 0, 10),
+            [0.2 + 1.8 * 0.5 ** (count / 10) for count in COUNTS],
+        ),
+    ],
+)
+def test_schedules_worked_by_hand(schedule, values):
+    number = optim.Schedule(2.0, 0.2, *schedule)
+    follow = jax.jit(lambda count: optim.value_at(number, count))
+    got = [follow(count) for count in COUNTS]
+    np.testing.assert_allclose(got, values, rtol=1e-6, atol=1e-7)
+    assert got[3].dtype == jnp.float32
+
+
+def test_schedules_equal_those_of_optax():
+    counts = range(40)
+    cosine = optax.warmup_cosine_decay_schedule(0.0, 3.0, 10, 30, end_value=0.3)
+    linear = optax.join_schedules(
+        [optax.linear_schedule(0, 3.0, 10), optax.linear_schedule(3.0, 0.3, 20)], [10]
+    )
+    for shape, theirs in (("cosine", cosine), ("linear", linear)):
+        number = optim.Schedule(3.0, 0.3, shape, 10, 30)
+        ours = [optim.value_at(number, count) for count in counts]
+        np.testing.assert_allclose(ours, [theirs(count) for count in counts], rtol=1e-6, atol=1e-7)
+
+
+def test_a_constant_is_returned_as_it_is():
+    assert optim.value_at(0.3, 7) == 0.3
+    traced = jax.jit(lambda x, count: optim.value_at(x, count))
+    assert traced(jnp.float32(0.3), 7) == np.float32(0.3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    optim: optim.OptimConfig
+    weight: optim.Number
+    size: int = 3
+
+
+def test_a_schedule_learns_how_long_the_run_is():
+    whole, part = optim.Schedule(1.0, 0.1), optim.Schedule(0.0, 1.0, updates=7)
+    config = Outer(optim.OptimConfig(whole, warmup_steps=10), part)
+    known = optim.resolve(config, 100)
+    assert known.optim.learning_rate == optim.Schedule(1.0, 0.1, updates=100)
+    assert known.weight == part and known.size == 3 and known.optim.warmup_steps == 10
+    assert config.optim.learning_rate.updates == 0  # what is stored stays as it was
+    # Two updates are less than this warmup.
+    assert optim.resolve(optim.Schedule(1.0, 0.1, warmup=5), 2).updates == 6
+    with pytest.raises(JaxwmError, match=r"linear:1.0:0.1:0:0 lasts as long as the run.*resolve"):
+        optim.value_at(whole, 3)
+    # A run that is over in the warmup of the optimiser has nothing to fall from.
+    short = optim.laprop(**vars(optim.resolve(config, 3).optim))
+    state = short.init(PARAMS)
+    for _ in range(3):
+        updates, state = short.update(GRADS[0], state, PARAMS)
+    np.testing.assert_allclose(updates["kernel"], [[-0.2, 0.2]], rtol=1e-5)
+
+
+def test_members_with_schedules_of_their_own_equal_a_loop():
+    def rate(start, end, count):
+        config = unchecked(optim.Schedule(1.0, 1.0, "cosine", 3), start=start, end=end)
+        return optim.value_at(optim.resolve(Outer(optim.OptimConfig(), config), 9).weight, count)
+
+    starts, ends = jnp.asarray([1.0, 2.0]), jnp.asarray([0.5, 0.0])
+    together = jax.jit(jax.vmap(rate, (0, 0, None)))(starts, ends, 5)
+    alone = [
+        optim.value_at(optim.Schedule(s, e, "cosine", 3, 9), 5) for s, e in ((1.0, 0.5), (2.0, 0.0))
+    ]
+    np.testing.assert_allclose(together, alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: optim.Schedule(float("nan"), 1.0), "Schedule.start is nan; it must be finite"),
+        (lambda: optim.Schedule(1.0, 0.1, warmup=-1), "Schedule.warmup is -1"),
+        (
+            lambda: optim.Schedule(1.0, 0.1, warmup=10, updates=10),
+            "updates is 10.*more than the 10",
+        ),
+        (
+            lambda: optim.Schedule(1.0, 0.1, updates=2**31),
+            "updates is 2147483648; it must be below",
+        ),
+        (
+            lambda: optim.OptimConfig(optim.Schedule(1.0, 0.1, updates=5), warmup_steps=10),
+            "lasts 5 updates.*more than the 10 of warmup_steps",
+        ),
+        (lambda: optim.OptimConfig(optim.Schedule(1.0, -0.1)), "learning_rate is linear:1.0:-0.1"),
+        (lambda: optim.AdamConfig(optim.Schedule(0.0, 0.0)), "it must be positive"),
+        (lambda: optim.AdamConfig(clip=-1.0), "AdamConfig.clip is -1.0; it must be at least 0"),
+        (lambda: optim.AdamConfig(weight_decay=1.0), "weight_decay is 1.0; it must be below 1"),
+        (lambda: optim.AdamConfig(beta1=1.0), "AdamConfig.beta1 is 1.0; it must lie in 0"),
+        (lambda: optim.AdamConfig(eps=0.0), "AdamConfig.eps is 0.0; it must be positive"),
+        (
+            lambda: optim.numbers_at_least(
+                Outer(optim.OptimConfig(), optim.Schedule(0.0, -1.0)), 0, "weight"
+            ),
+            "Outer.weight is linear:0.0:-1.0:0:0; it must be at least 0",
+        ),
+    ],
+)
+def test_senseless_numbers_are_refused(make, told):
+    with pytest.raises(JaxwmError, match=told):
+        make()
+
+
+@pytest.mark.parametrize(
+    "number",
+    [3e-4, optim.Schedule(1e-3, 1e-5, "cosine", 10, 500), optim.Schedule(0.1, 0.25)],
+)
+def test_a_number_survives_text_and_json(number):
+    assert optim.parse_number(str(number)) == number
+    config = optim.OptimConfig(number, warmup_steps=5)
+    assert from_dict(optim.OptimConfig, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["fast", "linear:1", "round:1:2", "linear:1:2:3:4:5", "linear:1:x"]
+)
+def test_a_word_that_is_no_number_is_refused(text):
+    with pytest.raises(ValueError):
+        optim.parse_number(text)
+
+
+def test_clipping_by_the_global_norm_worked_by_hand():
+    grads = {"a": jnp.asarray([3.0, 4.0]), "b": jnp.asarray([[12.0]])}  # norm 13
+    for clip, factor in ((6.5, 0.5), (13.0, 1.0), (100.0, 1.0), (0.0, 1.0)):
+        clipper = optim.clip_by_global_norm(clip)
+        got, _ = clipper.update(grads, clipper.init(grads), grads)
+        np.testing.assert_allclose(got["a"], [3 * factor, 4 * factor], rtol=1e-6)
+        np.testing.assert_allclose(got["b"], [[12 * factor]], rtol=1e-6)
+    zero = jax.tree.map(jnp.zeros_like, grads)
+    clipper = optim.clip_by_global_norm(0.0)
+    assert not clipper.update(zero, clipper.init(zero), zero)[0]["a"].any()
+
+
+def test_clipping_counts_the_parts_that_other_devices_hold():
+    # Each tensor's sum of squares is four times that of the part here: the norm is 26.
+    clipper = optim.clip_by_global_norm(
+        13.0, lambda tree: jax.tree.map(lambda x: 4 * x, optim.square_sums(tree))
+    )
+    grads = {"a": jnp.asarray([3.0, 4.0]), "b": jnp.asarray([[12.0]])}
+    got, _ = clipper.update(grads, clipper.init(grads), grads)
+    np.testing.assert_allclose(got["b"], [[6.0]], rtol=1e-6)
+
+
+def test_adam_worked_by_hand():
+    # First step: m = 0.1 * g, v = 0.001 * g^2, so the update is
+    # sqrt(0.001) / 0.1 * 0.1 * g / (sqrt(0.001) * |g| + eps) = g / (|g| + eps / sqrt(0.001)).
+    optimizer = optim.adam_tf(0.5, clip=0.0, weight_decay=0.25, eps=1e-3)
+    params = {"w": jnp.asarray([4.0, 8.0])}
+    grads = {"w": jnp.asarray([1.0, -0.01])}
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    hat = 1e-3 / np.sqrt(0.001)
+    steps = [1 / (1 + hat), -0.01 / (0.01 + hat)]
+    # A quarter of every parameter goes, whatever the learning rate.
+    expected = [-0.25 * 4 - 0.5 * steps[0], -0.25 * 8 - 0.5 * steps[1]]
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-5)
+
+
+def test_adam_is_that_of_optax_with_a_larger_epsilon():
+    eps, beta2 = 1e-3, 0.99
+    ours = optim.scale_by_adam_tf(0.9, beta2, eps)
+    state, moments = ours.init(PARAMS), optax.scale_by_adam().init(PARAMS)
+    for t, gradient in enumerate(GRADS, start=1):
+        theirs = optax.scale_by_adam(0.9, beta2, eps / np.sqrt(1 - beta2**t))
+        got, state = ours.update(gradient, state, PARAMS)
+        want, moments = theirs.update(gradient, moments, PARAMS)
+        for name in PARAMS:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-7)
+
+
+def test_adam_follows_a_schedule():
+    optimizer = optim.adam_tf(optim.Schedule(1.0, 0.0, updates=2), clip=0.0, eps=1e-30)
+    state, sizes = optimizer.init(PARAMS), []
+    for _ in range(4):
         updates, state = optimizer.update(GRADS[0], state, PARAMS)
-        np.testing.assert_allclose(updates["kernel"], [[-size, size]], rtol=1e-5)
+        sizes.append(float(updates["kernel"][0, 1]))
+    np.testing.assert_allclose(sizes, [1, 0.5, 0, 0], rtol=1e-4)
+
+
+TREE = {
+    "model": {"core": {"kernel": jnp.asarray([3.0])}, "scale": jnp.asarray([4.0])},
+    "behavior": {"policy": {"bias": jnp.asarray([1.0])}, "value": {"bias": jnp.asarray([2.0])}},
+}
+
+
+def test_groups_have_optimisers_of_their_own():
+    optimizer = optim.grouped(
+        {
+            "model": optax.chain(optim.clip_by_global_norm(1.0), optax.scale(-1.0)),
+            "behavior/policy": optax.trace(0.5),
+            "behavior/value": optim.decay_weights(0.5),
+        }
+    )
+    state = optimizer.init(TREE)
+    assert state.keys() == {"model", "behavior/policy", "behavior/value"}
+    update = jax.jit(optimizer.update)
+    for policy in (1.0, 1.5, 1.75):
+        updates, state = update(TREE, state, TREE)
+        # The norm of the model alone is 5.
+        np.testing.assert_allclose(updates["model"]["core"]["kernel"], [-0.6], rtol=1e-6)
+        np.testing.assert_allclose(updates["model"]["scale"], [-0.8], rtol=1e-6)
+        np.testing.assert_allclose(updates["behavior"]["policy"]["bias"], [policy])
+        np.testing.assert_allclose(updates["behavior"]["value"]["bias"], [1.0])
+    assert jax.tree.structure(updates) == jax.tree.structure(TREE)
+
+
+def test_norms_of_a_group_ask_for_its_tensors_by_their_paths():
+    asked = []
+
+    def squares(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        asked.extend(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+        return optim.square_sums(tree)
+
+    optimizer = optim.grouped(
+        {"model": optim.adam_tf(square_sums=squares), "behavior": optax.scale(1.0)}
+    )
+    optimizer.update(TREE, optimizer.init(TREE), TREE)
+    assert sorted(asked) == ["model/core/kernel", "model/scale"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "told"),
+    [
+        (("model", "behavior/policy"), r"behavior/value/bias belongs to no group; every parameter"),
+        (("model", "behavior", "behavior/value"), "belongs to behavior and behavior/value"),
+        (("model", "behavior", "critic"), "No parameter belongs to the group critic"),
+        (("mode", "behavior"), "model/core/kernel belongs to no group"),  # whole names only
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(groups, told):
+    optimizer = optim.grouped(dict.fromkeys(groups, optax.scale(1.0)))
+    with pytest.raises(JaxwmError, match=told):
+        optimizer.init(TREE)
 
 
 def test_seeds_with_their_own_learning_rates_equal_a_loop():
@@ -141,6 +403,16 @@ def test_slow_copy_moves_at_every_third_update():
         state = copy.update(state, {"w": jnp.asarray(value)})
         seen.append(float(state.params["w"]))
     assert seen == [1, 1, 1, 4, 4]
+
+
+def test_the_first_move_of_a_slow_copy_can_be_a_copy():
+    copy = optim.slow_copy(rate=0.5, every=2, first=1.0)
+    state = copy.init({"w": jnp.asarray(0.0)})
+    seen = []
+    for value in (4.0, 6.0, 8.0):
+        state = copy.update(state, {"w": jnp.asarray(value)})
+        seen.append(float(state.params["w"]))
+    assert seen == [4, 4, 6]
 
 
 def test_slow_copy_shares_no_memory_with_the_parameters():

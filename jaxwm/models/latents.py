@@ -5,15 +5,41 @@ Source: DreamerV2 (arXiv:2010.02193) for the latent and the balanced KL, Dreamer
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxwm import dists, threefry
+from jaxwm import dists
 from jaxwm.config import at_least, share
-from jaxwm.types import Array, Float, Key
+from jaxwm.types import Array, PyTree
 
 sg = jax.lax.stop_gradient
+
+
+class LatentSpace(NamedTuple):
+    """A stochastic state as pure functions, flat (..., size) outside of them.
+
+    Attributes:
+      size: length of the flat state.
+      outputs: numbers that a network gives to describe its distribution.
+      draws: `key, lead -> draws` for states of shape `lead`.
+      sample: `raw (..., outputs), draws -> state (..., size)`, with a gradient into `raw`.
+      kl: `posterior raw, prior raw (T, B, outputs) -> {name: losses (T, B)}`.
+      entropy: `raw -> (...)` in nats.
+      pack: `state -> compact`, for storage.
+      unpack: `compact -> state`.
+    """
+
+    size: int
+    outputs: int
+    draws: Callable[..., PyTree]
+    sample: Callable[..., Array]
+    kl: Callable[..., dict[str, Array]]
+    entropy: Callable[[Array], Array]
+    pack: Callable[[Array], PyTree]
+    unpack: Callable[[PyTree], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,44 +65,43 @@ class LatentConfig:
         at_least(self, 0, "free_nats")
 
 
-def distribution(config: LatentConfig, logits: Float[Array, "*lead S K"]) -> dists.OneHot:
-    """The groups' distribution, one event of shape (S, K)."""
-    return dists.OneHot(logits, config.unimix)
+def categorical(config: LatentConfig) -> LatentSpace:
+    stoch, classes = config.stoch, config.classes
 
+    def dist(raw):
+        return dists.OneHot(raw.reshape(*raw.shape[:-1], stoch, classes), config.unimix)
 
-def noise(config: LatentConfig, key: Key, lead: tuple[int, ...]) -> Float[Array, "*lead S"]:
-    """Draws from [0, 1) for latents of leading axes `lead`, one for each group."""
-    return threefry.uniform(key, (*lead, config.stoch))
+    def draws(key, lead):
+        return jax.random.uniform(key, (*lead, stoch))
 
+    def sample(raw, draws):
+        groups = dist(raw)
+        uniform = draws.ndim == raw.ndim and draws.shape[-1] == stoch
+        z = groups.sample_uniform(draws) if uniform else groups.sample_noise(draws)
+        return z.reshape(raw.shape)
 
-def sample(
-    config: LatentConfig,
-    logits: Float[Array, "*lead S K"],
-    noise: Float[Array, "*lead S"] | Float[Array, "*lead S K"],
-) -> Float[Array, "*lead S K"]:
-    """Latents, one-hot, from `noise`, or from standard Gumbel draws, as the reference records."""
-    groups = distribution(config, logits)
-    if noise.ndim < logits.ndim:
-        return groups.sample_uniform(noise)
-    return groups.sample_noise(noise)
+    def kl(post, prior):
+        dyn = dist(sg(post)).kl_divergence(dist(prior))
+        rep = dist(post).kl_divergence(dist(sg(prior)))
+        return {
+            "dyn": jnp.maximum(dyn, config.free_nats),
+            "rep": jnp.maximum(rep, config.free_nats),
+        }
 
+    def pack(z):
+        dtype = jnp.uint8 if classes <= 256 else jnp.int32
+        return jnp.argmax(z.reshape(*z.shape[:-1], stoch, classes), -1).astype(dtype)
 
-def kl_losses(
-    config: LatentConfig, post: Float[Array, "*lead S K"], prior: Float[Array, "*lead S K"]
-) -> tuple[Float[Array, "*lead"], Float[Array, "*lead"]]:
-    """The two sides of the balanced KL, in nats per time step, clipped below.
+    def unpack(index):
+        return jax.nn.one_hot(index, classes).reshape(*index.shape[:-1], -1)
 
-    dyn = max(free, KL(sg(post) || prior)) trains the prior towards the posterior,
-    rep = max(free, KL(post || sg(prior))) the posterior towards the prior.
-
-    Args:
-      config: gives the unimix share and the free nats.
-      post: raw logits of the posterior.
-      prior: raw logits of the prior.
-
-    Returns:
-      dyn and rep. Clipped entries have no gradient.
-    """
-    dyn = distribution(config, sg(post)).kl_divergence(distribution(config, prior))
-    rep = distribution(config, post).kl_divergence(distribution(config, sg(prior)))
-    return jnp.maximum(dyn, config.free_nats), jnp.maximum(rep, config.free_nats)
+    return LatentSpace(
+        stoch * classes,
+        stoch * classes,
+        draws,
+        sample,
+        kl,
+        lambda raw: dist(raw).entropy(),
+        pack,
+        unpack,
+    )

@@ -3,9 +3,8 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-from jaxwm.agent import AgentConfig
 from jaxwm.config import flatten, require
 from jaxwm.envs.host import HostConfig
 from jaxwm.recipes import sweep
@@ -65,7 +64,7 @@ class RunConfig:
     time_limit: int = 0
     replay: ReplayConfig = ReplayConfig()
     host: HostConfig = HostConfig()
-    agent: AgentConfig = AgentConfig()
+    agent: Any = None
     eval_episodes: int = 20
     log_every: int = 1_000
     save_every: int = 50_000
@@ -123,19 +122,15 @@ class RunConfig:
                 sweep.check(self, index)
 
     @property
+    def updates(self) -> int:
+        """Updates of each member in the whole run."""
+        batch = self.replay.batch_size * self.replay.batch_length
+        return int(self.steps * self.replay.train_ratio / batch)
+
+    @property
     def members(self) -> int:
         """What trains side by side in one program: every setting of the sweep with every seed."""
         return len(sweep.settings(self)) * self.seeds
-
-
-def anneal(config: RunConfig) -> RunConfig:
-    """A run whose learning rate falls to its end."""
-    replay, agent = config.replay, config.agent
-    updates = int(config.steps * replay.train_ratio / (replay.batch_size * replay.batch_length))
-    # A run that ends in its warmup has nothing to fall from.
-    updates = max(updates, agent.optim.warmup_steps + 1)
-    optim = dataclasses.replace(agent.optim, anneal_steps=updates)
-    return dataclasses.replace(config, agent=dataclasses.replace(agent, optim=optim))
 
 
 def recipes() -> dict[str, Callable[..., RunConfig]]:

@@ -9,7 +9,6 @@ all its seeds. In the program a swept entry is an array over members, so all set
 compiled program; what would change the program's form, such as a size, cannot be swept.
 """
 
-import copy
 import dataclasses
 import itertools
 import math
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxwm.config import flatten, require
+from jaxwm.config import flatten, require, unchecked
 from jaxwm.spaces import nearest
 
 T = TypeVar("T")
@@ -40,7 +39,7 @@ def parse(sweep: tuple[str, ...], config: Any) -> dict[str, tuple[float, ...]]:
         is not a number with fractions.
     """
     found: dict[str, tuple[float, ...]] = {}
-    numbers = [_ROOT + path for path in _floats(type(config.agent))]
+    numbers = [_ROOT + path for path in _floats(config.agent)]
     others = [path for path in flatten(config) if path not in numbers]
     for word in sweep:
         name, _, listed = word.partition("=")
@@ -134,7 +133,7 @@ def put(config: T, values: Mapping[str, Any]) -> T:
       values: what to put, by dotted path.
     """
     for path, value in values.items():
-        config = _replaced(config, path.split("."), value, _unchecked)
+        config = _replaced(config, path.split("."), value, unchecked)
     return config
 
 
@@ -145,22 +144,14 @@ def _replaced(config: Any, names: list[str], value: Any, replace: Any) -> Any:
     return replace(config, **{name: value})
 
 
-def _unchecked(config: Any, **values: Any) -> Any:
-    """`dataclasses.replace` without the checks of `__post_init__`, which need real numbers."""
-    config = copy.copy(config)
-    for name, value in values.items():
-        object.__setattr__(config, name, value)
-    return config
-
-
-def _floats(cls: Any, path: str = "") -> list[str]:
-    """Paths of the entries of a dataclass that are declared as float."""
-    hints, found = typing.get_type_hints(cls), []
-    for field in dataclasses.fields(cls):
-        hint, name = hints[field.name], path + field.name
-        if dataclasses.is_dataclass(hint):
-            found += _floats(hint, f"{name}.")
-        elif hint is float:
+def _floats(config: Any, path: str = "") -> list[str]:
+    """Paths of the entries of a dataclass that are declared as float, schedules included."""
+    hints, found = typing.get_type_hints(type(config)), []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), path + field.name
+        if dataclasses.is_dataclass(value):
+            found += _floats(value, f"{name}.")
+        elif float in (hints[field.name], *typing.get_args(hints[field.name])):
             found.append(name)
     return found
 

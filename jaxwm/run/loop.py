@@ -649,7 +649,7 @@ def _diverged(
 def _cure(config: RunConfig, how: str) -> str:
     rates = [x.get("agent.optim.learning_rate") for x in sweep.settings(config)]
     swept = [f"{rate:g}" for rate in rates if rate is not None]
-    lower = f"--agent.optim.learning-rate (now {config.agent.optim.learning_rate:g})"
+    lower = f"--agent.optim.learning-rate (now {config.agent.optim.learning_rate})"
     if swept:
         lower = f"the learning rates of --sweep ({', '.join(dict.fromkeys(swept))})"
     return (

@@ -15,6 +15,7 @@ An update whose loss or gradient is not finite is refused: whatever a run has le
 all times. `Health` keeps the account.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from jaxwm.agent import Agent, AgentState, make_agent
 from jaxwm.config import require
 from jaxwm.envs import check, wrappers
 from jaxwm.envs.host import limit_and_repeat
+from jaxwm.optim import resolve
 from jaxwm.recipes import RunConfig, sweep
 from jaxwm.replay.device import Buffer, Cursor, Replay, check_fits, replay
 from jaxwm.train import mesh
@@ -198,6 +200,8 @@ def build(
         where it should, or simulators on the host should be divided into shards.
     """
     env = single or make_env(config)
+    # Here, and not where a configuration is stored: a resumed run may be longer.
+    config = dataclasses.replace(config, agent=resolve(config.agent, config.updates))
     require(
         not jax.config.values["jax_debug_nans"],
         "Metrics of nothing, such as the return where no episode ended, are NaN, at which "

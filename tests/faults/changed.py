@@ -117,7 +117,7 @@ _CONTRADICTIONS = (
     "--shards 32",
     "--shard-params",
     "--agent.model.core.blocks 3",
-    "--agent.optim.warmup-steps 10 --agent.optim.anneal-steps 5",
+    "--agent.optim.warmup-steps 10 --agent.optim.learning-rate linear:1e-3:1e-4:0:5",
     "--sweep learning_rate=1e-3 optim.learning_rate=1e-4",
     "--sweep learning_rate=1e-3,1e-3",
     "--sweep learning_rate=",
