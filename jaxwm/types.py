@@ -254,12 +254,15 @@ class Dreamer(NamedTuple):
       starts: `observed, key=None -> Start`.
       step: `carry (N,), action (N,), draws (N,) -> carry, latent`.
       features: `latent -> (..., F)`.
+      imagine: `start, policy, (model draws, policy draws) (H, N) -> Imagined` with a policy
+        `features (N, F), draws (N, ...) -> action`: a scan of `step`.
       predict: `latents, keys=None -> {name: distribution}`.
     """
 
     draws: Callable[..., PyTree]
     starts: Callable[..., Start]
     step: Callable[..., tuple[PyTree, PyTree]]
+    imagine: Callable[..., Imagined]
     features: Callable[[PyTree], Array]
     predict: Callable[..., dict[str, Any]]
 

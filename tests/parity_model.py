@@ -23,7 +23,7 @@ from jaxwm.models import rssm
 from jaxwm.models.encoders import CodecConfig, Encoder, concat_entries, concat_size
 from jaxwm.models.gru import BlockGRUConfig
 from jaxwm.models.heads import Style, head, posterior
-from jaxwm.models.imagine import dreamer, imagine
+from jaxwm.models.imagine import dreamer
 from jaxwm.models.latents import LatentConfig
 from jaxwm.numerics import Percentiles, symlog
 from jaxwm.optim import SlowState
@@ -339,7 +339,7 @@ def recompute(case: Case) -> dict[str, np.ndarray]:
     dreams = dreamer(model, params["model"])
     act = lambda feat, draws: _bare(case.act(feat, draws))  # noqa: E731
     start: Start = dreams.starts(observed)
-    imagined = jax.jit(lambda draws: imagine(dreams, start, act, draws))(trained.behavior)
+    imagined = jax.jit(lambda draws: dreams.imagine(start, act, draws))(trained.behavior)
     dream_feat = jnp.concatenate([imagined.latents, imagined.last[None]])
     last = case.act(dream_feat[-1], {k: v[-1] for k, v in case.draws.behavior.action.items()})
     actions = as_dict(imagined.action)

@@ -147,3 +147,11 @@ def test_fewer_bits_with_noise_between_the_levels():
     np.testing.assert_allclose(
         codecs.quantize(image, jnp.zeros(4), bits=8), np.array([0, 7, 8, 255]) / 256 - 0.5
     )
+    noise = jnp.linspace(0, 0.999, 256)
+    every = jnp.arange(256, dtype=jnp.uint8)
+    for bits in (1, 5, 8):
+        back = codecs.restore(codecs.quantize(every, noise, bits), bits)
+        np.testing.assert_array_equal(back, np.arange(256) >> (8 - bits) << (8 - bits))
+    space = Box((1, 1, 2), "uint8")
+    shown = codecs.observation_dist(space, jnp.array([[[[-9.0, 9.0]]]]), bits=5).mode()
+    np.testing.assert_array_equal(shown.ravel(), [0, 248])

@@ -17,8 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxwm import dists
-from jaxwm import nets_before as nets
+from jaxwm import backend, dists, nets
 from jaxwm.config import at_least, positive, require, share
 from jaxwm.numerics import (
     Percentiles,
@@ -328,7 +327,7 @@ def actor_critic(
 
         # Dream from every replayed row.
         act_in_dream = lambda feat, draws: sample(policy_net.apply(fixed["policy"], feat), draws)  # noqa: E731
-        dreams = imagine(dreamer, dreamer.starts(observed), act_in_dream, draws)
+        dreams = dreamer.imagine(dreamer.starts(observed), act_in_dream, draws)
         latents, action, last = sg(dreams)
 
         def judge(latents: PyTree) -> tuple[Array, ...]:

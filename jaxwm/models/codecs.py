@@ -293,10 +293,12 @@ class CentredImage(UnitNormal):
 
     Args:
       loc: (..., h, w, c) predicted pixels.
+      bits: bits of the pixels of `mode`, in 1..8.
     """
 
-    def __init__(self, loc: Float[Array, "*batch h w c"]):
+    def __init__(self, loc: Float[Array, "*batch h w c"], bits: int = 8):
         super().__init__(loc, event_ndims=3)
+        self.bits = bits
 
     def log_prob(self, value: Num[Array, "*batch h w c"]) -> Float[Array, "*batch"]:
         """Of a uint8 image, or of floats that are centred already."""
@@ -304,15 +306,23 @@ class CentredImage(UnitNormal):
 
     def mode(self) -> UInt8[Array, "*batch h w c"]:
         """The prediction as a uint8 image."""
+        if self.bits < 8:
+            return restore(self.loc, self.bits)
         return jnp.clip(jnp.round((self.loc + 0.5) * 255), 0, 255).astype(jnp.uint8)
 
 
-def observation_dist(space: Space, raw: Float[Array, "..."]) -> Any:
-    """The distribution of an observation entry, from the decoder's output for it."""
+def observation_dist(space: Space, raw: Float[Array, "..."], bits: int = 8) -> Any:
+    """The distribution of an observation entry, from the decoder's output for it.
+
+    Args:
+      space: space of the entry.
+      raw: output of `decoder`.
+      bits: bits of the pixels that images are shown with, in 1..8.
+    """
     if isinstance(space, Discrete):
         return dists.Categorical(raw, mask=space.mask(), event_ndims=len(space.shape))
     if is_image(space):
-        return CentredImage(raw)
+        return CentredImage(raw, bits)
     return UnitNormal(raw, event_ndims=len(space.shape))
 
 
@@ -345,6 +355,12 @@ def quantize(
     levels = 2.0**bits
     whole = jnp.floor(image.astype(jnp.float32) / 2.0 ** (8 - bits))
     return (whole + noise.astype(jnp.float32)) / levels - 0.5
+
+
+def restore(pixels: Float[Array, "..."], bits: int = 5) -> UInt8[Array, "..."]:
+    """The uint8 image of `quantize`, without the bits it has dropped; others are clipped."""
+    whole = jnp.floor((pixels + 0.5) * 2.0**bits)
+    return (jnp.clip(whole, 0, 2**bits - 1) * 2.0 ** (8 - bits)).astype(jnp.uint8)
 
 
 def quantized(model: WorldModel, obs_space: ObsSpace, bits: int = 5) -> WorldModel:

@@ -9,30 +9,29 @@ method. The defaults follow the authors' code (github.com/google-research/planet
     cartpole_swingup, ..., as below  | 64x64 images        | 1000 candidates x 10 iterations
     reach, pendulum, balance         | vectors, two cores  | fewer
 
-Deviations from the code: the mean and the deviation of a state come from one output layer, not from
-two (a Glorot kernel starts smaller); sequences may cross the ends of episodes, at which the memory
-is reset; the last rows of an episode need not be in the past to be trained on. Latent overshooting,
-which the code leaves off, is not implemented. Additions: vector observations, discrete actions,
-several environments at once, and an optional continue head for tasks that can fail
-(`model.ends`, and `behavior.continues` for the planner).
+Deviations from the code: training sequences may cross the ends of episodes, where the memory is
+reset. Latent overshooting, which the code leaves off, is not implemented. Additions: vector
+observations, discrete actions, several environments at once, and an optional continue head for
+tasks that can fail (`model.predict_ends`, and `behavior.continues` for the planner).
 
 Command: `jaxwm train planet --preset reach`.
 """
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
-from jaxwm import backend, dists
+from jaxwm import backend
 from jaxwm.agent import joint
 from jaxwm.behaviors.planner import CEMConfig, planner
 from jaxwm.config import at_least, require
 from jaxwm.models import codecs, recurrent
-from jaxwm.models.codecs import ClassicCodecConfig, UnitNormal, quantized
+from jaxwm.models.codecs import ClassicCodecConfig
 from jaxwm.models.encoders import concat_size, token_size
-from jaxwm.models.heads import Style, head, posterior
+from jaxwm.models.heads import Style, head, normal_reward, posterior, soft_continue
 from jaxwm.models.latents import GaussianConfig, excess_kl, gaussian
 from jaxwm.models.recurrent import PlanetGRUConfig
-from jaxwm.models.rssm import Head, Parts, rssm
+from jaxwm.models.rssm import Parts, rssm
 from jaxwm.optim import AdamConfig, Number, adam_tf, numbers_at_least, square_sums, value_at
 from jaxwm.recipes import RunConfig
 from jaxwm.replay.config import ReplayConfig
@@ -51,35 +50,35 @@ from jaxwm.types import (
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the world model.
+    """The world model.
 
     Args:
-      core: the recurrent memory, the belief of the code.
-      latent: the stochastic state.
+      core: the recurrent core; its `hidden` is also the width of prior and posterior.
+      latent: the Gaussian latent.
+      free_nats: KL of a row below which it is not trained, in nats.
       codec: encoder and decoder.
-      hidden: width of the hidden layer of prior and posterior.
       units: width of the reward head, and of the continue head if there is one.
       layers: hidden layers of these heads.
-      free_nats: KL per row that costs nothing, in nats.
-      bits: bits per colour channel that the model sees and predicts, in 1..8.
-      ends: whether there is a head that predicts whether the episode goes on. The paper's tasks
-        never end early, and its model has none.
+      bits: bits of the images' pixels, in 1..8.
+      clip_reward: how rewards are clipped before the model learns them.
+      predict_ends: whether there is a continue head. The paper's tasks never end early, and its
+        model has none.
     """
 
     core: PlanetGRUConfig = PlanetGRUConfig()
     latent: GaussianConfig = GaussianConfig()
-    codec: ClassicCodecConfig = ClassicCodecConfig(300, 3, 32, "relu", "relu")
-    hidden: int = 200
+    free_nats: float = 3.0
+    codec: ClassicCodecConfig = ClassicCodecConfig(300, 3, 32, act="relu", conv_act="relu")
     units: int = 300
     layers: int = 3
-    free_nats: float = 3.0
     bits: int = 5
-    ends: bool = False
+    clip_reward: Literal["none", "tanh"] = "none"
+    predict_ends: bool = False
 
     def __post_init__(self):
-        at_least(self, 1, "hidden", "units", "layers", "bits")
+        at_least(self, 1, "units", "layers")
         at_least(self, 0, "free_nats")
-        require(self.bits <= 8, f"ModelConfig.bits is {self.bits}; it must be at most 8.")
+        require(1 <= self.bits <= 8, f"ModelConfig.bits is {self.bits}; it must lie in 1 to 8.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +118,9 @@ class Config:
 
     def __post_init__(self):
         require(
-            self.model.ends or not self.behavior.continues,
+            self.model.predict_ends or not self.behavior.continues,
             "behavior.continues makes the planner ask the model whether the episode goes on, and "
-            "the model has no head for it. Set model.ends to True, or behavior.continues to False.",
+            "the model has no head for it. Set model.predict_ends to True, or behavior.continues to False.",
         )
 
 
@@ -154,6 +153,49 @@ def agent(
     return joint(model, behavior, weights, optimizer, shards)
 
 
+def parts(
+    config: ModelConfig,
+    obs_space: ObsSpace,
+    action_space: ActionSpace,
+    dtype: str = "float32",
+    core: CoreConstructor = recurrent.core,
+) -> Parts:
+    """The networks of the world model.
+
+    Args:
+      config: sizes.
+      obs_space: space of each observation key.
+      action_space: one space, or a space per key.
+      dtype: compute type.
+      core: the recurrent memory, as a constructor like `recurrent.core`.
+
+    Raises:
+      JaxwmError: if images do not fit the convolutions.
+    """
+    style = Style(dtype, "none", "relu", "glorot")
+    latent = excess_kl(gaussian(config.latent), config.free_nats)
+    deter, hidden = config.core.deter, config.core.hidden
+    encoder = codecs.encoder(config.codec, obs_space, dtype)
+    tokens = token_size(encoder, obs_space)
+    moments = {"mean": latent.size, "std": latent.size}
+    sizes = deter + latent.size, config.units, config.layers, 1
+    heads = {"reward": normal_reward(head(*sizes, style), config.clip_reward)}
+    if config.predict_ends:
+        heads["continue"] = soft_continue(head(*sizes, style), 1.0)
+    return Parts(
+        encoder=encoder,
+        core=core(config.core, latent.size, concat_size(as_dict(action_space)), dtype),
+        latent=latent,
+        posterior=posterior(deter, tokens, hidden, moments, style),
+        prior=head(deter, hidden, 1, moments, style),
+        decoder=codecs.decoder(config.codec, obs_space, deter, latent.size, dtype),
+        observation=functools.partial(codecs.observation_dist, bits=config.bits),
+        heads=heads,
+        order="zh",
+        stored=False,
+    )
+
+
 def world_model(
     config: ModelConfig,
     obs_space: ObsSpace,
@@ -161,40 +203,10 @@ def world_model(
     dtype: str = "float32",
     core: CoreConstructor = recurrent.core,
 ) -> WorldModel:
-    """The world model; arguments as in `agent`.
-
-    Raises:
-      JaxwmError: if images differ in size or do not fit the convolutions.
-    """
-    style = Style(dtype, norm="none", act="relu", kernel_init="glorot")
-    latent = excess_kl(gaussian(config.latent), config.free_nats)
-    deter = config.core.deter
-    sizes = deter + latent.size, config.units, config.layers, 1
-    encoder = codecs.encoder(config.codec, obs_space, dtype)
-    tokens = token_size(encoder, obs_space)
-    reward = Head(
-        net=head(*sizes, style),
-        dist=lambda raw: UnitNormal(raw[..., 0], event_ndims=0),
-        target=lambda steps: steps.reward,
-    )
-    cont = Head(
-        net=head(*sizes, style),
-        dist=lambda raw: dists.SoftBernoulli(raw[..., 0]),
-        target=lambda steps: 1.0 - steps.is_terminal,
-    )
-    parts = Parts(
-        encoder=encoder,
-        core=core(config.core, latent.size, concat_size(as_dict(action_space)), dtype),
-        latent=latent,
-        posterior=posterior(deter, tokens, config.hidden, latent.outputs, style),
-        prior=head(deter, config.hidden, 1, latent.outputs, style),
-        decoder=codecs.decoder(config.codec, obs_space, deter, latent.size, dtype),
-        observation=codecs.observation_dist,
-        heads={"reward": reward, **({"continue": cont} if config.ends else {})},
-        order="zh",
-        stored=False,
-    )
-    return quantized(rssm(parts, obs_space, action_space, dtype), obs_space, config.bits)
+    """The world model, which sees images of `config.bits`; arguments as in `parts`."""
+    networks = parts(config, obs_space, action_space, dtype, core)
+    model = rssm(networks, obs_space, action_space, dtype)
+    return codecs.quantized(model, obs_space, config.bits)
 
 
 SIZES = ("paper", "nano", "debug")
@@ -216,8 +228,7 @@ def sized(size: str) -> Config:
         model = ModelConfig(
             core=PlanetGRUConfig(deter=64, hidden=64),
             latent=GaussianConfig(stoch=8),
-            codec=ClassicCodecConfig(64, 2, 8, "relu", "relu"),
-            hidden=64,
+            codec=ClassicCodecConfig(64, 2, 8, act="relu", conv_act="relu"),
             units=64,
             layers=2,
         )
@@ -226,8 +237,7 @@ def sized(size: str) -> Config:
         model = ModelConfig(
             core=PlanetGRUConfig(deter=8, hidden=8),
             latent=GaussianConfig(stoch=4),
-            codec=ClassicCodecConfig(8, 1, 2, "relu", "relu"),
-            hidden=8,
+            codec=ClassicCodecConfig(8, 1, 2, act="relu", conv_act="relu"),
             units=8,
             layers=1,
         )
