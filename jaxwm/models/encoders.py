@@ -196,17 +196,6 @@ class Encoder(nn.Module):
         return x.reshape(x.shape[0], -1)
 
 
-def encoder_net(spaces: Mapping[str, Space], config: CodecConfig, dtype: str = "float32") -> Net:
-    """`Encoder` as two pure functions: `key -> params` and `params, obs (N, ...) -> (N, F)`."""
-    module = Encoder(spaces, config, dtype)
-
-    def init(key: Key) -> Params:
-        obs = {name: jnp.zeros((1, *space.shape), space.dtype) for name, space in spaces.items()}
-        return module.init(key, obs)["params"]
-
-    return Net(init, nets.call(module))
-
-
 def flat_net(spaces: Mapping[str, Space]) -> Net:
     """Observations as one vector, without parameters: `params, obs (N, ...) -> (N, F)`.
 
