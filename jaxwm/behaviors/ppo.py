@@ -353,13 +353,13 @@ def _epochs(
     # Where the parts cannot be equal, rows that are not there fill them up.
     filling = size * parts - rows
 
-    def epoch(learner: Any, key: Key) -> tuple[Any, Metrics]:
-        order = jax.random.permutation(key, rows)
+    def epoch(learner: Any, index: Array) -> tuple[Any, Metrics]:
+        order = jax.random.permutation(jax.random.fold_in(key, index), rows)
         order = jnp.pad(order, (0, filling)).reshape(parts, size)
         there = (jnp.arange(size * parts) < rows).reshape(parts, size)
         return jax.lax.scan(lambda learner, part: learn(learner, *part), learner, (order, there))
 
-    (params, opt), metrics = jax.lax.scan(epoch, learner, jax.random.split(key, config.epochs))
+    (params, opt), metrics = jax.lax.scan(epoch, learner, jnp.arange(config.epochs))
     return params, opt, jax.tree.map(jnp.mean, metrics)
 
 
@@ -467,9 +467,9 @@ def _reward_statistics(
     """The statistics of discounted sums of rewards, with those of a window."""
     if not isinstance(rewards, Running):
         return rewards
-    arrived = ~window.steps.is_first[1:]
     sums = window.memo["return"][1:].reshape(-1)
-    return running_update(rewards, sums, wide(arrived.reshape(-1)), shards.total)
+    arrived = ~window.steps.is_first[1:].reshape(-1)
+    return running_update(rewards, sums, arrived.astype(sums.dtype), shards.total)
 
 
 def _observe(params: Params, obs: dict[str, Array], shards: Shards) -> Params:
