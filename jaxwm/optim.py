@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxwm.config import Inline, at_least, positive, require, unchecked
-from jaxwm.numerics import Scalar
+from jaxwm.numerics import Scalar, wide
 from jaxwm.types import JaxwmError, Params
 
 T = TypeVar("T")
@@ -253,8 +253,8 @@ class AdamConfig:
 
 
 def square_sums(tree: Params) -> Params:
-    """The sum of squares over all entries of each tensor, in float32."""
-    return jax.tree.map(lambda x: jnp.sum(jnp.square(x.astype(jnp.float32))), tree)
+    """The sum of squares over all entries of each tensor, in float32 (of float64 in float64)."""
+    return jax.tree.map(lambda x: jnp.sum(jnp.square(wide(x))), tree)
 
 
 def global_norm(
@@ -502,6 +502,24 @@ def scale_by_adam_tf(
         return scaled, AdamState(count, square, momentum)
 
     return optax.GradientTransformation(init, update)
+
+
+def clipped_adam(
+    clip: Scalar = 0.5,
+    eps: float = 1e-5,
+    square_sums: Callable[[Params], Params] = square_sums,
+) -> optax.GradientTransformation:
+    """Clipping by the global norm and the textbook's Adam (arXiv:1412.6980), without a step size.
+
+    Args:
+      clip: see `clip_by_global_norm`.
+      eps: added to the root of the unbiased mean square gradient.
+      square_sums: see `global_norm`.
+
+    Returns:
+      A transformation that gives what to subtract from the parameters, in units of the step size.
+    """
+    return optax.chain(clip_by_global_norm(clip, square_sums), optax.scale_by_adam(eps=eps))
 
 
 def decay_weights(rate: Scalar) -> optax.GradientTransformation:

@@ -39,7 +39,8 @@ from jaxwm.optim import (
     square_sums,
     value_at,
 )
-from jaxwm.recipes import RunConfig
+from jaxwm.recipes import Recipe
+from jaxwm.recipes.run_config import RunConfig
 from jaxwm.replay.device import ReplayConfig
 from jaxwm.types import (
     ALONE,
@@ -216,6 +217,7 @@ def world_model(
     return rssm(parts, obs_space, action_space, dtype)
 
 
+NAME = "dreamer_v3"
 # The one knob of the paper's sizes is the deterministic state; everything else follows.
 DETER = {
     "size1m": 512,
@@ -344,11 +346,14 @@ def config(
     if preset is None:
         require(env is not None, "Name an environment with --env, or a preset with --preset.")
         size, variant = size or "size200m", variant or "head"
-        return RunConfig(env=str(env), size=size, variant=variant, agent=sized(size, variant))
+        return RunConfig(
+            env=str(env), recipe=NAME, size=size, variant=variant, agent=sized(size, variant)
+        )
     if preset in DOMAINS:
         return _of_domain(DOMAINS[preset], env, size, variant or "head")
     base = RunConfig(
         env=env or "gymnax/CartPole-v1",
+        recipe=NAME,
         size=size or "nano",
         variant=variant or "head",
         agent=sized(size or "nano", variant or "head"),
@@ -387,6 +392,7 @@ def _of_domain(domain: Domain, env: str | None, size: str | None, variant: str) 
     capacity = min(ReplayConfig().capacity, domain.steps)
     return RunConfig(
         env=env or domain.env,
+        recipe=NAME,
         size=size,
         variant=variant,
         agent=sized(size, variant),
@@ -464,3 +470,6 @@ def _variant(config: Config, variant: str) -> Config:
     )
     model = dataclasses.replace(config.model, codec=codec)
     return dataclasses.replace(config, model=model, behavior=behavior)
+
+
+RECIPE = Recipe(NAME, Config, agent, config, PRESETS)

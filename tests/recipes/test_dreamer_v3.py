@@ -7,8 +7,7 @@ import jax
 import pytest
 
 from jaxwm import config as configs
-from jaxwm.agent import make_agent
-from jaxwm.recipes import RunConfig, dreamer_v3, recipes
+from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.types import Box, Discrete, JaxwmError
 
 # Parameters of the reference for a vector of 24 numbers with 6 continuous actions, and for
@@ -25,7 +24,7 @@ PARAMETERS = {
 
 
 def count(config, obs_space, action_space):
-    agent = make_agent(config, obs_space, action_space)
+    agent = dreamer_v3.agent(config, obs_space, action_space)
     with jax.debug_key_reuse(False):
         shapes = jax.eval_shape(agent.init, jax.random.key(0)).params
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
@@ -33,7 +32,7 @@ def count(config, obs_space, action_space):
 
 @pytest.mark.parametrize("size", dreamer_v3.DETER)
 def test_sizes_have_the_parameters_of_the_reference(size):
-    config = dreamer_v3.agent(size)
+    config = dreamer_v3.sized(size)
     vector, image = PARAMETERS[size]
     assert count(config, {"vector": Box((24,))}, Box((6,), low=-1, high=1)) == vector
     assert count(config, {"image": Box((64, 64, 3), "uint8", 0, 255)}, Discrete(6)) == image
@@ -53,13 +52,13 @@ def test_every_preset_is_a_run_whose_parts_can_be_overridden(preset, tmp_path):
     assert "/" in run.env and run.size == getattr(dreamer_v3.DOMAINS.get(preset), "size", "nano")
     other = dreamer_v3.config("toy/Memory", "debug", "paper", preset)
     assert (other.env, other.size, other.variant) == ("toy/Memory", "debug", "paper")
-    assert other.agent.model == dreamer_v3.agent("debug", "paper").model
+    assert other.agent.model == dreamer_v3.sized("debug", "paper").model
     configs.write(run, tmp_path / "config.json")
     assert configs.from_dict(RunConfig, configs.read_json(tmp_path / "config.json")) == run
 
 
 def test_code_and_paper_differ_as_the_recipe_says():
-    lines = configs.differences(dreamer_v3.agent("size12m"), dreamer_v3.agent("size12m", "paper"))
+    lines = configs.differences(dreamer_v3.sized("size12m"), dreamer_v3.sized("size12m", "paper"))
     assert sorted(line.split(":")[0] for line in lines) == [
         "behavior.start_weight",
         "behavior.unimix",
@@ -69,25 +68,24 @@ def test_code_and_paper_differ_as_the_recipe_says():
 
 
 def test_without_a_size_it_is_size200m():
-    assert dreamer_v3.config("x").agent == dreamer_v3.agent("size200m")
-    assert recipes()["dreamer_v3"] is dreamer_v3.config
+    assert dreamer_v3.config("x").agent == dreamer_v3.sized("size200m")
 
 
 def test_one_number_makes_a_size():
-    config = dreamer_v3.agent("size12m")
+    config = dreamer_v3.sized("size12m")
     deter = config.model.core.deter
     assert deter == 2048
     assert config.model.core.hidden == config.model.units == config.behavior.units == deter // 8
     assert config.model.latent.classes == config.model.codec.depth == deter // 128
-    larger = dreamer_v3.agent("size25m")
+    larger = dreamer_v3.sized("size25m")
     assert dataclasses.replace(config, model=larger.model, behavior=larger.behavior) == larger
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: dreamer_v3.agent("size12"), "Did you mean size12m"),
-        (lambda: dreamer_v3.agent("12m", "peper"), "Did you mean paper"),
+        (lambda: dreamer_v3.sized("size12"), "Did you mean size12m"),
+        (lambda: dreamer_v3.sized("12m", "peper"), "Did you mean paper"),
         (lambda: dreamer_v3.config("x", preset="cartpol"), "Did you mean cartpole"),
         (lambda: dreamer_v3.config(), "Name an environment with --env"),
     ],
