@@ -1,6 +1,7 @@
 """Distributions of latents, actions and predictions, on top of distrax.
 
-All arithmetic is float32 whatever the dtype of the inputs. Random draws are arguments:
+All arithmetic is float32 whatever the dtype of the inputs (`Categorical` and `Normal` keep float64,
+which jax makes only if it is asked to). Random draws are arguments:
 `sample_noise` turns standard Gumbel or normal noise into a sample, `sample_uniform` a uniform
 draw, so that noise for a whole sequence is drawn in one operation outside any scan;
 `sample(seed=...)` draws it.
@@ -22,6 +23,7 @@ from jaxwm.numerics import (
     symlog,
     twohot_dot,
     twohot_mean,
+    wide,
 )
 from jaxwm.types import JaxwmError, Key
 
@@ -34,7 +36,7 @@ def _log_mixture(
     logits: Array, unimix: Scalar, mask: Array | np.ndarray | None = None
 ) -> tuple[Array, Array]:
     """Logs and values of `(1 - unimix) * softmax + unimix * uniform` over existing classes."""
-    logits = logits.astype(jnp.float32)
+    logits = wide(logits)
     if mask is not None:
         mask = prepend_axes(jnp.asarray(mask), logits.ndim)
         logits = jnp.where(mask, logits, ABSENT)
@@ -184,7 +186,7 @@ class Categorical(_Distribution):
 
     def sample_noise(self, gumbel: Float[Array, "*batch K"]) -> Int[Array, "*batch"]:
         """Index of the largest `logprobs + gumbel`, int32."""
-        noisy = prepend_axes(self.logprobs, gumbel.ndim) + gumbel.astype(jnp.float32)
+        noisy = prepend_axes(self.logprobs, gumbel.ndim) + wide(gumbel)
         return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
 
     def _sample_n(self, key: Key, n: int) -> Int[Array, "n *batch"]:
@@ -250,8 +252,53 @@ class TwoHot(_Distribution):
         return self.mean()
 
 
-class BoundedNormal(_Distribution):
-    """Diagonal normal with a mean in (-1, 1) and a bounded standard deviation.
+class Normal(_Distribution):
+    """Independent normals.
+
+    Args:
+      loc: (..., *event) means.
+      scale: (..., *event) standard deviations, positive.
+      event_ndims: number of event axes, those of the space's shape.
+    """
+
+    def __init__(
+        self, loc: Float[Array, "*batch"], scale: Float[Array, "*batch"], event_ndims: int = 1
+    ):
+        self.loc, self.scale = wide(loc), wide(scale)
+        self.event_ndims = event_ndims
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.loc.shape
+
+    def sample_noise(self, normal: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """`mean + std * normal`; gradients flow into both parameters."""
+        loc, scale = (prepend_axes(x, normal.ndim) for x in (self.loc, self.scale))
+        return loc + scale * wide(normal)
+
+    def _sample_n(self, key: Key, n: int) -> Float[Array, "n *batch"]:
+        return self.sample_noise(jax.random.normal(key, (n, *self._shape)))
+
+    def log_prob(self, value: Float[Array, "*batch"]) -> Float[Array, "..."]:
+        loc, scale = (prepend_axes(x, value.ndim) for x in (self.loc, self.scale))
+        error = (wide(value) - loc) / scale
+        return -self._sum(0.5 * jnp.square(error) + jnp.log(scale) + 0.5 * np.log(2 * np.pi))
+
+    def entropy(self) -> Float[Array, "..."]:
+        return self._sum(jnp.log(self.scale) + 0.5 * np.log(2 * np.pi * np.e))
+
+    def stddev(self) -> Float[Array, "*batch"]:
+        return self.scale
+
+    def mean(self) -> Float[Array, "*batch"]:
+        return self.loc
+
+    def mode(self) -> Float[Array, "*batch"]:
+        return self.loc
+
+
+class BoundedNormal(Normal):
+    """Independent normals with means in (-1, 1) and bounded standard deviations.
 
     `mean = tanh(mean_raw)`, `std = (max_std - min_std) * sigmoid(std_raw + 2) + min_std`.
     Samples are not squashed and may leave [-1, 1].
@@ -274,39 +321,9 @@ class BoundedNormal(_Distribution):
         max_std: float = 1.0,
         event_ndims: int = 1,
     ):
-        self.loc = jnp.tanh(mean_raw.astype(jnp.float32))
-        share = jax.nn.sigmoid(std_raw.astype(jnp.float32) + 2.0)
-        self.scale = (max_std - min_std) * share + min_std
-        self.event_ndims = event_ndims
-
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        return self.loc.shape
-
-    def sample_noise(self, normal: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-        """`mean + std * normal`; gradients flow into both parameters."""
-        loc, scale = (prepend_axes(x, normal.ndim) for x in (self.loc, self.scale))
-        return loc + scale * normal.astype(jnp.float32)
-
-    def _sample_n(self, key: Key, n: int) -> Float[Array, "n *batch"]:
-        return self.sample_noise(jax.random.normal(key, (n, *self._shape)))
-
-    def log_prob(self, value: Float[Array, "*batch"]) -> Float[Array, "..."]:
-        loc, scale = (prepend_axes(x, value.ndim) for x in (self.loc, self.scale))
-        error = (value.astype(jnp.float32) - loc) / scale
-        return -self._sum(0.5 * jnp.square(error) + jnp.log(scale) + 0.5 * np.log(2 * np.pi))
-
-    def entropy(self) -> Float[Array, "..."]:
-        return self._sum(jnp.log(self.scale) + 0.5 * np.log(2 * np.pi * np.e))
-
-    def stddev(self) -> Float[Array, "*batch"]:
-        return self.scale
-
-    def mean(self) -> Float[Array, "*batch"]:
-        return self.loc
-
-    def mode(self) -> Float[Array, "*batch"]:
-        return self.loc
+        share = jax.nn.sigmoid(wide(std_raw) + 2.0)
+        scale = (max_std - min_std) * share + min_std
+        super().__init__(jnp.tanh(wide(mean_raw)), scale, event_ndims)
 
 
 class SoftBernoulli(_Distribution):
