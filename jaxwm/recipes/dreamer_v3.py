@@ -29,7 +29,7 @@ from jaxwm.models.gru import BlockGRUConfig, block_gru
 from jaxwm.models.heads import Style, head, posterior
 from jaxwm.models.latents import LatentConfig, categorical
 from jaxwm.models.rssm import Head, Parts, rssm
-from jaxwm.numerics import symexp_bins
+from jaxwm.numerics import keep_mirrored, symexp_bins
 from jaxwm.optim import (
     Number,
     OptimConfig,
@@ -169,6 +169,8 @@ def agent(
         square_sums=lambda tree: shards.sum_parts(square_sums(tree)),
     )
     weights = lambda name, updates: value_at(config.weights.of(name), updates)  # noqa: E731
+    # The heads of two-hot bins: pairs of bins that differ in the last bit would move their mean.
+    shards = keep_mirrored(shards, "model/reward/out", "behavior/value/out")
     return joint(model, behavior, weights, optimizer, shards)
 
 
