@@ -1,246 +1,262 @@
-"""The agent: a world model, a behaviour and one optimiser over both.
+"""Agents that learn by gradients: a world model and a behaviour, and how their losses meet.
 
-One loss, one gradient, one optimiser step: the world model's losses on a replayed batch and the
-behaviour's losses on dreams that start from it are added with fixed weights. The slow critic
-follows after the step.
+`joint` adds all losses, takes one gradient and makes one step (DreamerV3, Dreamer V1, PlaNet).
+`in_turn` steps the model first; the behaviour then dreams in the model that has just learned
+(Dreamer V2).
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxwm.behaviors.actor_critic import ActorCriticConfig, actor_critic
-from jaxwm.config import at_least, share
-from jaxwm.models.world_model import WorldModelConfig, world_model
+from jaxwm.models.imagine import dreamer
 from jaxwm.numerics import Scalar
-from jaxwm.optim import (
-    OptimConfig,
-    apply_updates,
-    global_norm,
-    laprop,
-    slow_copy,
-    square_sums,
-)
+from jaxwm.optim import Optimizer, apply_updates, global_norm, square_sums
 from jaxwm.types import (
     ALONE,
     Action,
-    ActionSpace,
+    Agent,
+    AgentState,
     Array,
     Behavior,
+    Int,
     Key,
-    Latent,
     Metrics,
-    ObsSpace,
+    Mode,
+    Observed,
     Params,
+    PyTree,
     Shards,
     Step,
+    Window,
     WorldModel,
-    as_dict,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class LossWeights:
-    """Weight of each loss term in the total; "rec" is that of every observation key."""
-
-    rec: float = 1.0
-    reward: float = 1.0
-    cont: float = 1.0
-    dyn: float = 1.0
-    rep: float = 0.1
-    policy: float = 1.0
-    value: float = 1.0
-    replay_value: float = 0.3
-
-    def __post_init__(self):
-        at_least(self, 0, *(field.name for field in dataclasses.fields(self)))
-
-    def of(self, name: str) -> Scalar:
-        """The weight of the loss term `name`."""
-        return getattr(self, {"continue": "cont"}.get(name, name.split("/")[0]))
+# `loss name, updates made before -> weight` of a loss.
+Weights = Callable[[str, Array], Scalar]
 
 
-@dataclasses.dataclass(frozen=True)
-class AgentConfig:
-    """World model, behaviour, loss weights and optimiser.
-
-    Args:
-      model: the world model.
-      behavior: the imagined actor-critic.
-      weights: weights of the loss terms.
-      optim: the optimiser.
-      slow_rate: share of the critic that its slow copy takes over after each update.
-      dtype: compute type; "auto" is bfloat16 on accelerators that have it, else float32.
-    """
-
-    model: WorldModelConfig = WorldModelConfig()
-    behavior: ActorCriticConfig = ActorCriticConfig()
-    weights: LossWeights = LossWeights()
-    optim: OptimConfig = OptimConfig()
-    slow_rate: float = 0.02
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-    def __post_init__(self):
-        share(self, "slow_rate")
-
-
-class AgentState(NamedTuple):
-    """What an agent has learned: one pytree."""
-
-    params: Params  # {"model", "behavior"}
-    slow: Any  # the slow critic, following params["behavior"]["value"]
-    opt: Any
-    behavior: Any  # the behaviour's running statistics
-
-
-class Noise(NamedTuple):
-    """Every random draw of one update."""
-
-    posterior: Array  # (T, B, ...)
-    prior: Array  # (H, T * B, ...)
-    action: Any  # (H, T * B, ...)
-
-
-class Agent(NamedTuple):
-    """An agent as pure functions.
+class Rest(NamedTuple):
+    """What learning keeps beside the parameters.
 
     Attributes:
-      model: the world model.
-      behavior: the behaviour.
-      init: `key -> AgentState`.
-      initial: `batch size -> carry`.
-      act: `params, carry, row (B,), key -> carry, action`.
-      noise: `key, T, B -> Noise` of one update.
-      loss: `params, slow, behavior state, carry, steps (T, B), noise -> total, Report`.
-      update: `state, carry, steps (T, B), key -> state, latents (T, B), metrics`.
+      behavior: the behaviour's running statistics and slow copies.
+      opt: the optimiser's state.
+      updates: updates made so far.
     """
 
-    model: WorldModel
-    behavior: Behavior
-    init: Callable[[Key], AgentState]
-    initial: Callable[[int], Latent]
-    act: Callable[..., tuple[Latent, Action]]
-    noise: Callable[..., Noise]
-    loss: Callable[..., Any]
-    update: Callable[..., tuple[AgentState, Latent, Metrics]]
-
-
-class Report(NamedTuple):
-    """What an evaluation of the loss leaves behind."""
-
-    latents: Latent
     behavior: Any
-    losses: dict[str, Array]
-    metrics: Metrics
+    opt: Any
+    updates: Int[Array, ""]
 
 
-def compute_dtype(name: str) -> str:
-    """The compute type `name`, with "auto" settled for the present backend."""
-    if name != "auto":
-        return name
-    device = jax.devices()[0]
-    # Turing and Volta have no bfloat16 units: XLA would emulate it.
-    capability = str(getattr(device, "compute_capability", ""))  # of AMD's a name, such as "gfx90a"
-    emulated = capability[:1].isdigit() and float(capability) < 8
-    return "bfloat16" if device.platform in ("gpu", "tpu") and not emulated else "float32"
+class Carry(NamedTuple):
+    """What acting remembers: the model's memory and the behaviour's."""
+
+    model: PyTree
+    behavior: PyTree
 
 
-def make_agent(
-    config: AgentConfig,
-    obs_space: ObsSpace,
-    action_space: ActionSpace,
+class Draws(NamedTuple):
+    """Every random number of one update."""
+
+    model: PyTree  # for latents (T, B)
+    behavior: PyTree
+
+
+def joint(
+    model: WorldModel,
+    behavior: Behavior,
+    weights: Weights,
+    optimizer: Optimizer,
     shards: Shards = ALONE,
 ) -> Agent:
-    """The agent for one environment's spaces.
+    """An agent with one loss, one gradient and one optimiser step.
 
     Args:
-      config: sizes and numbers.
-      obs_space: space of each observation key.
-      action_space: one space, or a space per key.
+      model: the world model.
+      behavior: how to act with it.
+      weights: the weight of each loss.
+      optimizer: a transformation of gradients of `{"model": ..., "behavior": ...}`. Several
+        optimisers are one transformation over groups (`optim.grouped`).
       shards: how the shards of the training meet, if it is divided.
-
-    Raises:
-      JaxwmError: if the model or the behaviour cannot take the spaces.
     """
-    dtype = compute_dtype(config.dtype)
-    model_config = dataclasses.replace(config.model, dtype=dtype)
-    model = world_model(model_config, obs_space, as_dict(action_space))
-    feature_size = jax.eval_shape(lambda: model.features(model.initial(1))).shape[-1]
-    behavior = actor_critic(
-        config.behavior, action_space, model, feature_size, dtype, shards.all_gather
-    )
-    squares = lambda tree: shards.sum_parts(square_sums(tree))  # noqa: E731
-    optimizer = laprop(**vars(config.optim), square_sums=squares)
-    slow = slow_copy(config.slow_rate)
+
+    def loss(
+        params: Params, state: Any, updates: Array, carry: PyTree, steps: Step, draws: Draws
+    ) -> tuple[Array, tuple[Observed, Any, Metrics]]:
+        losses, observed, metrics = model.loss(params["model"], carry, steps, draws.model)
+        dreams = dreamer(model, params["model"])
+        behavior_losses, state, behavior_metrics = behavior.loss(
+            params["behavior"], state, dreams, observed, steps, draws.behavior
+        )
+        total, means = weighted_sum(losses | behavior_losses, weights, updates)
+        return total, (observed, state, metrics | behavior_metrics | means | {"loss/total": total})
+
+    def learn(
+        state: AgentState, carry: PyTree, steps: Step, draws: Draws
+    ) -> tuple[AgentState, Observed, Metrics]:
+        params, rest = shards.gather_params(state.params), state.rest
+        before = shards.gather_rest(rest.behavior)
+        grads, (observed, after, metrics) = jax.grad(loss, has_aux=True)(
+            params, before, rest.updates, carry, steps, draws
+        )
+        # The only reduction of an update: the metrics come along with the gradients.
+        grads, metrics = shards.mean((grads, metrics))
+        changes, opt = optimizer.update(grads, rest.opt, state.params)
+        learned: Any = apply_updates(state.params, changes)
+        after = behavior.after(shards.slice(after), learned["behavior"])
+        rest = Rest(after, opt, rest.updates + 1)
+        metrics["grad_norm"] = norm_over_shards(grads, shards)
+        return AgentState(learned, rest), observed, metrics
+
+    return _agent(model, behavior, optimizer.init, learn, shards)
+
+
+def in_turn(
+    model: WorldModel,
+    behavior: Behavior,
+    weights: Weights,
+    model_optimizer: Optimizer,
+    behavior_optimizer: Optimizer,
+    shards: Shards = ALONE,
+) -> Agent:
+    """An agent whose model makes its step before the behaviour dreams in it.
+
+    Dreams start from the latents of the model before its step, as in Dreamer V2.
+
+    Args:
+      model: the world model.
+      behavior: how to act with it.
+      weights: the weight of each loss.
+      model_optimizer: a transformation of the model's gradients.
+      behavior_optimizer: a transformation of the behaviour's gradients.
+      shards: how the shards of the training meet, if it is divided.
+    """
+
+    def model_loss(
+        params: Params, updates: Array, carry: PyTree, steps: Step, draws: Draws
+    ) -> tuple[Array, tuple[Observed, Metrics]]:
+        losses, observed, metrics = model.loss(params, carry, steps, draws.model)
+        total, means = weighted_sum(losses, weights, updates)
+        return total, (observed, metrics | means | {"loss/model": total})
+
+    def behavior_loss(
+        params: Params,
+        state: Any,
+        updates: Array,
+        model_params: Params,
+        observed: Observed,
+        steps: Step,
+        draws: Draws,
+    ) -> tuple[Array, tuple[Any, Metrics]]:
+        losses, state, metrics = behavior.loss(
+            params, state, dreamer(model, model_params), observed, steps, draws.behavior
+        )
+        total, means = weighted_sum(losses, weights, updates)
+        return total, (state, metrics | means | {"loss/behavior": total})
+
+    def init_optimizers(params: Params) -> dict[str, Any]:
+        return {
+            "model": model_optimizer.init(params["model"]),
+            "behavior": behavior_optimizer.init(params["behavior"]),
+        }
+
+    def learn(
+        state: AgentState, carry: PyTree, steps: Step, draws: Draws
+    ) -> tuple[AgentState, Observed, Metrics]:
+        params, rest = shards.gather_params(state.params), state.rest
+        grads, (observed, metrics) = jax.grad(model_loss, has_aux=True)(
+            params["model"], rest.updates, carry, steps, draws
+        )
+        grads, metrics = shards.mean((grads, metrics))
+        changes, opt_model = model_optimizer.update(grads, rest.opt["model"], state.params["model"])
+        learned: Any = {**state.params, "model": apply_updates(state.params["model"], changes)}
+        metrics["grad_norm/model"] = norm_over_shards(grads, shards)
+
+        params, before = shards.gather_params(learned), shards.gather_rest(rest.behavior)
+        grads, (after, behavior_metrics) = jax.grad(behavior_loss, has_aux=True)(
+            params["behavior"], before, rest.updates, params["model"], observed, steps, draws
+        )
+        grads, behavior_metrics = shards.mean((grads, behavior_metrics))
+        changes, opt_behavior = behavior_optimizer.update(
+            grads, rest.opt["behavior"], state.params["behavior"]
+        )
+        learned["behavior"] = apply_updates(state.params["behavior"], changes)
+        metrics |= behavior_metrics | {"grad_norm/behavior": norm_over_shards(grads, shards)}
+
+        after = behavior.after(shards.slice(after), learned["behavior"])
+        opt = {"model": opt_model, "behavior": opt_behavior}
+        return AgentState(learned, Rest(after, opt, rest.updates + 1)), observed, metrics
+
+    return _agent(model, behavior, init_optimizers, learn, shards)
+
+
+def _agent(
+    model: WorldModel,
+    behavior: Behavior,
+    init_optimizer: Callable[[Params], Any],
+    learn: Callable[..., tuple[AgentState, Observed, Metrics]],
+    shards: Shards,
+) -> Agent:
+    """The agent around a function that makes one update from sequences and draws."""
 
     def init(key: Key) -> AgentState:
         key_model, key_behavior = jax.random.split(key)
         params = {"model": model.init(key_model), "behavior": behavior.init(key_behavior)}
-        slow_value = slow.init({"value": params["behavior"]["value"]})
-        state = AgentState(params, slow_value, optimizer.init(params), behavior.initial())
-        return shards.slice(state)
+        state = behavior.initial(params["behavior"])
+        rest = Rest(state, init_optimizer(params), jnp.zeros((), jnp.int32))
+        return shards.slice(AgentState(params, rest))
 
-    def act(params: Params, carry: Latent, row: Step, key: Key) -> tuple[Latent, Action]:
+    def initial(batch: int) -> Carry:
+        return Carry(model.initial(batch), behavior.carry(batch))
+
+    def act(
+        params: Params, carry: Carry, row: Step, key: Key, mode: Mode = "explore"
+    ) -> tuple[Carry, Action, PyTree]:
         key_latent, key_action = jax.random.split(key)
         params = shards.gather_params(params)
-        batch = row.is_first.shape
-        one = jax.tree.map(lambda x: x[None], row)
-        draws = model.noise(key_latent, (1, *batch))
-        latents, _ = model.observe(params["model"], carry, one, draws)
-        carry = jax.tree.map(lambda x: x[0], latents)
-        action_draws = behavior.noise(key_action, batch)
-        return carry, behavior.act(params["behavior"], model.features(carry), action_draws)
-
-    def noise(key: Key, time: int, batch: int) -> Noise:
-        key_post, key_prior, key_action = jax.random.split(key, 3)
-        dream = (config.behavior.imagine, time * batch)
-        return Noise(
-            model.noise(key_post, (time, batch)),
-            model.noise(key_prior, dream),
-            behavior.noise(key_action, dream),
+        rows = jax.tree.map(lambda x: x[None], row)
+        draws = model.draws(key_latent, rows.is_first.shape)
+        observed = model.observe(params["model"], carry.model, rows, draws)
+        memory, latent = observed.carry, jax.tree.map(lambda x: x[0], observed.latents)
+        dreams = dreamer(model, params["model"])
+        plan, action = behavior.act(
+            params["behavior"], dreams, carry.behavior, memory, latent, key_action, mode
         )
-
-    def loss(
-        params: Params, slow: Params, state: Any, carry: Latent, steps: Step, noise: Noise
-    ) -> tuple[Array, Report]:
-        losses, latents, metrics = model.loss(params["model"], carry, steps, noise.posterior)
-        behavior_losses, state, behavior_metrics = behavior.loss(
-            params["behavior"],
-            slow,
-            state,
-            params["model"],
-            latents,
-            steps,
-            noise.prior,
-            noise.action,
-        )
-        losses |= behavior_losses
-        means = {name: term.mean() for name, term in losses.items()}
-        weighted = [config.weights.of(name) * mean for name, mean in means.items()]
-        total = jnp.sum(jnp.stack(weighted))
-        metrics |= behavior_metrics | {f"loss/{name}": mean for name, mean in means.items()}
-        return total, Report(latents, state, losses, metrics | {"loss/total": total})
+        return Carry(memory, plan), action, model.pack(memory)
 
     def update(
-        state: AgentState, carry: Latent, steps: Step, key: Key
-    ) -> tuple[AgentState, Latent, Metrics]:
-        draws = noise(key, *steps.is_first.shape)
-        params = shards.gather_params(state.params)
-        slow_params = shards.gather_slow(state.slow.params)
-        grads, report = jax.grad(loss, has_aux=True)(
-            params, slow_params, state.behavior, carry, steps, draws
-        )
-        # The only reduction of an update: what is read comes along with what is learned from.
-        grads, means = shards.mean((grads, report.metrics))
-        updates, opt = optimizer.update(grads, state.opt, state.params)
-        learned: Any = apply_updates(state.params, updates)
-        slow_value = slow.update(state.slow, {"value": learned["behavior"]["value"]})
-        metrics = means | {"grad_norm": global_norm(grads, squares)}
-        return AgentState(learned, slow_value, opt, report.behavior), report.latents, metrics
+        state: AgentState, window: Window, key: Key
+    ) -> tuple[AgentState, PyTree | None, Metrics]:
+        key_model, key_behavior = jax.random.split(key)
+        steps = jax.tree.map(lambda x: x[1:], window.steps)
+        lead = steps.is_first.shape
+        stored = jax.tree.leaves(window.memo) != []
+        if not stored:  # without a memory a sequence starts like an episode
+            steps = steps._replace(is_first=steps.is_first.at[0].set(True))
+        carry = model.unpack(window.memo, lead[1])
+        draws = Draws(model.draws(key_model, lead), behavior.draws(key_behavior, lead))
+        state, observed, metrics = learn(state, carry, steps, draws)
+        return state, model.pack(observed.carries) if stored else None, metrics
 
-    # Traced once for a batch's shapes, however often a program asks for it.
+    # Traced once for a batch's shapes, however often a program calls it.
     update = jax.jit(update, inline=True)
-    return Agent(model, behavior, init, model.initial, act, noise, loss, update)
+    return Agent(init, initial, act, update, "windows", model, behavior)
+
+
+def weighted_sum(
+    losses: dict[str, Array], weights: Weights, updates: Array
+) -> tuple[Array, Metrics]:
+    """The weighted sum of the losses' means, and the means as metrics "loss/NAME"."""
+    means = {name: term.mean() for name, term in losses.items()}
+    terms = [weights(name, updates) * mean for name, mean in means.items()]
+    total = jnp.sum(jnp.stack(terms)) if terms else jnp.zeros(())
+    return total, {f"loss/{name}": mean for name, mean in means.items()}
+
+
+def norm_over_shards(grads: Params, shards: Shards) -> Array:
+    """The norm of gradients that each device may hold a part of."""
+    return global_norm(grads, lambda tree: shards.sum_parts(square_sums(tree)))

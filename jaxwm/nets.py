@@ -118,11 +118,12 @@ class Linear(nn.Module):
     scale: float = 1.0
     dtype: str = "float32"
     kernel_init: Init = "truncated_normal"
+    bias_init: float = 0.0
 
     def setup(self):
         init = initializer(self.kernel_init, self.inputs, self.scale)
         self.kernel = self.param("kernel", init, (self.inputs, self.outputs))
-        self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+        self.bias = self.param("bias", nn.initializers.constant(self.bias_init), (self.outputs,))
 
     def __call__(self, x: Num[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
         return self.add_bias(self.rows(x, 0))

@@ -7,14 +7,14 @@ that mixes in one batch, and a `_scale` that reads the state.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, Shaped
 
-from jaxwm.types import JaxwmError
+from jaxwm.types import ALONE, JaxwmError, PyTree, Shards
 
 # A number of a configuration; traced, where a sweep gives each member its own.
 Scalar = float | Float[Array, ""]
@@ -240,6 +240,32 @@ def unfold_mirrored(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     both, apart = x[..., :half], x[..., -half:]
     high = (both - apart) / 2
     return jnp.concatenate([(both + apart) / 2, x[..., half:-half], high[..., ::-1]], -1)
+
+
+def keep_mirrored(shards: Shards, *heads: str) -> Shards:
+    """Shards whose means keep equal gradients of mirrored bins equal; see `fold_mirrored`.
+
+    Devices that pass sums around a ring add up every part of a tensor in another order. If a device
+    holds only a part of each tensor, a pair may lie on two devices, and stays rounded as it is.
+
+    Args:
+      shards: how the shards of the training meet.
+      heads: paths, in the tree that `mean` takes or below, of the layers whose last axis is the
+        bins, such as "behavior/value/out".
+    """
+    if shards is ALONE or not shards.whole:
+        return shards
+
+    def at_heads(function: Callable[[Array], Array], tree: PyTree) -> PyTree:
+        def leaf(path: Any, x: Array) -> Array:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return function(x) if any(f"/{head}/" in f"/{name}" for head in heads) else x
+
+        return jax.tree_util.tree_map_with_path(leaf, tree)
+
+    return shards._replace(
+        mean=lambda tree: at_heads(unfold_mirrored, shards.mean(at_heads(fold_mirrored, tree)))
+    )
 
 
 class Percentiles(NamedTuple):

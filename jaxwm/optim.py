@@ -123,10 +123,10 @@ def value_at(number: Number | Scalar, count: Int[Array, ""] | int) -> Scalar:
     )
     # At least one: a run may end during its warmup.
     move = _move(number, max(1, number.updates - number.warmup))
-    if number.warmup == 0:
-        return move(count)
-    rise = optax.linear_schedule(0.0, number.start, number.warmup)
-    return optax.join_schedules([rise, move], [number.warmup])(count)
+    if number.warmup:
+        rise = optax.linear_schedule(0.0, number.start, number.warmup)
+        move = optax.join_schedules([rise, move], [number.warmup])
+    return jnp.asarray(move(count), jnp.float32)
 
 
 def _move(number: Schedule, duration: int) -> optax.Schedule:
@@ -390,7 +390,7 @@ def _rate(learning_rate: Number | Scalar, warmup_steps: int) -> optax.Schedule:
     if not isinstance(learning_rate, Schedule):
         return warmup(learning_rate, warmup_steps)
     whole = unchecked(learning_rate, warmup=learning_rate.warmup or warmup_steps)
-    return lambda count: value_at(whole, count)
+    return lambda count: value_at(whole, jnp.asarray(count))
 
 
 def laprop(
@@ -609,15 +609,16 @@ def grouped(groups: Mapping[str, optax.GradientTransformation]) -> optax.Gradien
     def init(params: Params) -> dict[str, Any]:
         return {group: groups[group].init(part) for group, part in split(params).items()}
 
-    def update(updates: Params, state: dict[str, Any], params: Params | None = None) -> Any:
-        values = split(updates), dict.fromkeys(groups) if params is None else split(params)
-        results = {
-            group: groups[group].update(values[0][group], state[group], values[1][group])
-            for group in groups
-        }
-        flat = {name: leaf for part, _ in results.values() for name, leaf in part.items()}
+    def update(updates: Params, state: Any, params: Params | None = None) -> Any:
+        given, values = split(updates), None if params is None else split(params)
+        flat, after = {}, {}
+        for group, optimizer in groups.items():
+            part = None if values is None else values[group]
+            new: Any
+            new, after[group] = optimizer.update(given[group], state[group], part)
+            flat |= new
         whole = jax.tree_util.tree_map_with_path(lambda path, _: flat[_name(path)], updates)
-        return whole, {group: state for group, (_, state) in results.items()}
+        return whole, after
 
     return optax.GradientTransformation(init, update)
 
@@ -682,4 +683,4 @@ def slow_copy(rate: Scalar = 0.02, every: int = 1, first: Scalar | None = None) 
 
 
 apply_updates = optax.apply_updates
-Transformation = optax.GradientTransformation
+Optimizer = optax.GradientTransformation

@@ -254,12 +254,15 @@ class Dreamer(NamedTuple):
       starts: `observed, key=None -> Start`.
       step: `carry (N,), action (N,), draws (N,) -> carry, latent`.
       features: `latent -> (..., F)`.
+      imagine: `start, policy, (model draws, policy draws) (H, N) -> Imagined` with a policy
+        `features (N, F), draws (N, ...) -> action`: a scan of `step`.
       predict: `latents, keys=None -> {name: distribution}`.
     """
 
     draws: Callable[..., PyTree]
     starts: Callable[..., Start]
     step: Callable[..., tuple[PyTree, PyTree]]
+    imagine: Callable[..., Imagined]
     features: Callable[[PyTree], Array]
     predict: Callable[..., dict[str, Any]]
 
@@ -302,6 +305,10 @@ class Core(NamedTuple):
     sequence: Callable[..., tuple[PyTree, Array, PyTree | None]]
 
 
+# `config (with the size deter), stoch size, action size, dtype -> Core`.
+CoreConstructor = Callable[[Any, int, int, str], Core]
+
+
 class Behavior(NamedTuple):
     """How to act with a world model, as pure functions.
 
@@ -342,11 +349,13 @@ class Shards(NamedTuple):
         device's part of the mean.
       total: `tree -> tree`, sums over all shards.
       all_gather: `array -> array`, those of all shards, with further leading axes.
-      slice: `AgentState -> AgentState`, the part that a device holds.
+      slice: `tree -> tree`, the part of what was learned that a device holds.
       gather_params: `parameters -> parameters`, whole, from the parts of all devices.
-      gather_rest: the same for the behaviour's state.
+      gather_rest: the same for `AgentState.rest`. Take what you need of its result: the compiler
+        drops the rest.
       sum_parts: `numbers -> numbers`, one for each tensor of the parameters: from sums over a
         device's part to sums over the whole tensor.
+      whole: whether devices hold whole tensors of what they learn.
     """
 
     own: Callable[[Key], Key] = _same
@@ -357,6 +366,7 @@ class Shards(NamedTuple):
     gather_params: Callable[[Params], Params] = _same
     gather_rest: Callable[[Any], Any] = _same
     sum_parts: Callable[[Params], Params] = _same
+    whole: bool = True
 
 
 ALONE = Shards()
@@ -372,6 +382,7 @@ __all__ = [
     "Bool",
     "Box",
     "Core",
+    "CoreConstructor",
     "Discrete",
     "Dreamer",
     "Env",

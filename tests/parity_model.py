@@ -15,16 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm.agent import Agent, AgentConfig, Noise, make_agent
-from jaxwm.behaviors.actor_critic import ActorCriticConfig, dream_targets
+from jaxwm import dists
+from jaxwm.agent import Draws, weighted_sum
+from jaxwm.behaviors import actor_critic
+from jaxwm.behaviors.actor_critic import ActorCriticConfig, State, dream_targets
+from jaxwm.models import rssm
 from jaxwm.models.encoders import CodecConfig, Encoder, concat_entries, concat_size
 from jaxwm.models.gru import BlockGRUConfig
-from jaxwm.models.latents import LatentConfig, distribution
-from jaxwm.models.world_model import Prior, WorldModelConfig
+from jaxwm.models.heads import Style, head, posterior
+from jaxwm.models.imagine import dreamer
+from jaxwm.models.latents import LatentConfig
 from jaxwm.numerics import Percentiles, symlog
+from jaxwm.optim import SlowState
+from jaxwm.recipes import dreamer_v3
 from jaxwm.replay.device import Buffer, read
 from jaxwm.returns import replay_lambda_return
-from jaxwm.types import Box, Discrete, Latent, Space, Step, is_image
+from jaxwm.types import Agent, Box, Discrete, Space, Start, Step, as_dict, is_image
 
 FLAGS = ("reward", "is_first", "is_last", "is_terminal")
 
@@ -63,8 +69,8 @@ NAMES = (
     (r"pol/", r"behavior/policy/"),
     (r"val/head/logits/", r"behavior/value/out/"),
     (r"val/", r"behavior/value/"),
-    (r"slowval/head/logits/", r"slow/value/out/"),
-    (r"slowval/", r"slow/value/"),
+    (r"slowval/head/logits/", r"slow/out/"),
+    (r"slowval/", r"slow/"),
 )
 
 
@@ -121,7 +127,7 @@ def spaces(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Space], dict[str
     return obs, actions
 
 
-def agent_config(arrays: Mapping[str, np.ndarray]) -> AgentConfig:
+def agent_config(arrays: Mapping[str, np.ndarray]) -> dreamer_v3.Config:
     """Sizes of the recorded agent, read off the shapes."""
     count = lambda pattern: sum(bool(re.fullmatch(pattern, key)) for key in arrays)  # noqa: E731
     blocks, slice_size, _ = arrays["params/dyn/dyngru/kernel"].shape
@@ -132,7 +138,7 @@ def agent_config(arrays: Mapping[str, np.ndarray]) -> AgentConfig:
     bins = arrays["params/rew/head/logits/bias"].size
     core = BlockGRUConfig(blocks * slice_size, arrays["params/dyn/obs0/bias"].size, blocks)
     codec = CodecConfig(units, layers, depth=4 if cnn0 is None else cnn0.shape[-1] // 2)
-    model = WorldModelConfig(core, LatentConfig(stoch, classes), codec, units, bins)
+    model = dreamer_v3.ModelConfig(core, LatentConfig(stoch, classes), codec, units, bins)
     behavior = ActorCriticConfig(
         units,
         layers=count(r"params/pol/mlp/linear\d+/kernel"),
@@ -140,7 +146,7 @@ def agent_config(arrays: Mapping[str, np.ndarray]) -> AgentConfig:
         imagine=arrays["noise/prior"].shape[1],
         unimix=0.0,
     )
-    return AgentConfig(model, behavior, dtype="float32")
+    return dreamer_v3.Config(model, behavior, dtype="float32")
 
 
 class Case:
@@ -150,25 +156,77 @@ class Case:
         self.arrays = arrays
         self.obs_space, self.action_space = spaces(arrays)
         self.config = agent_config(arrays)
-        self.agent: Agent = make_agent(self.config, self.obs_space, self.action_space)
+        self.agent: Agent = dreamer_v3.agent(self.config, self.obs_space, self.action_space)
         tree = load_params(arrays)
         self.params = {"model": tree["model"], "behavior": tree["behavior"]}
         self.slow = tree["slow"]
-        self.state = Percentiles(
+        self.returns = Percentiles(
             jnp.asarray(arrays["state/retnorm_lo"]), jnp.asarray(arrays["state/retnorm_hi"])
         )
+        self.state = State(self.returns, SlowState(self.slow, jnp.zeros((), jnp.int32)))
         self.batch, self.time = arrays["in/obs/is_first"].shape
-        self.carry = Latent(
-            jnp.asarray(arrays["in/carry/deter"]), jnp.asarray(arrays["in/carry/stoch"])
+        stoch = jnp.asarray(arrays["in/carry/stoch"])
+        self.carry = rssm.Carry(
+            jnp.asarray(arrays["in/carry/deter"]), stoch.reshape(self.batch, -1)
         )
+        self.deter, self.groups = arrays["in/carry/deter"].shape[-1], stoch.shape[1:]
         self.steps = Step(
             action={k: self.time_major(f"in/prevact/{k}") for k in self.action_space},
             obs={k: self.observation(k) for k in self.obs_space},
             **{k: self.time_major(f"in/obs/{k}") for k in FLAGS},
         )
-        self.noise = Noise(
-            self.time_major("noise/post"), self.dream_major("noise/prior"), self.action_noise()
+        dreams = actor_critic.Draws(self.dream_major("noise/prior"), self.action_noise())
+        self.draws = Draws(self.time_major("noise/post"), dreams)
+        # Actions are recorded at the last dreamed state too, where nothing learns from them.
+        short = dreams._replace(action={k: v[:-1] for k, v in dreams.action.items()})
+        self.trained = self.draws._replace(behavior=short)
+        features = self.deter + stoch[0].size
+        self.policy = actor_critic.policy(self.config.behavior, self.action_space, features)
+        self.critic = actor_critic.critic(self.config.behavior, features)
+
+    def split(self, latents: Any) -> tuple[Any, Any]:
+        """h and z, the latter as (..., S, K)."""
+        deter, stoch = jnp.split(latents, [self.deter], -1)
+        return deter, self.grouped(stoch)
+
+    def grouped(self, flat: Any) -> Any:
+        return flat.reshape(*flat.shape[:-1], *self.groups)
+
+    def prior(self, deter: Any) -> Any:
+        """Logits (..., S, K) of p(z | h)."""
+        model = self.config.model
+        net = head(
+            self.deter, model.core.hidden, 2, int(np.prod(self.groups)), Style(), name="logits"
         )
+        return self.grouped(net.apply(self.params["model"]["prior"], deter))
+
+    def posterior(self, deter: Any, tokens: Any) -> Any:
+        """Logits (..., S, K) of q(z | h, tokens)."""
+        sizes = self.config.model.core.hidden, int(np.prod(self.groups))
+        net = posterior(self.deter, tokens.shape[-1], *sizes, Style())
+        params = self.params["model"]["posterior"]
+        return self.grouped(net.apply(params, deter, net.embed(params, tokens)))
+
+    def act(self, feat: Any, draws: Any) -> Any:
+        """Sampled actions, a dict."""
+        plan = self.policy.apply(self.params["behavior"]["policy"], feat)
+        return {name: dist.sample_noise(draws[name]) for name, dist in plan.items()}
+
+    def losses(self, params: Any) -> tuple[dict[str, Any], Any]:
+        """Every loss, and the behaviour's state afterwards."""
+        model, behavior = self.agent.model, self.agent.behavior
+        losses, observed, _ = model.loss(
+            params["model"], self.carry, self.steps, self.trained.model
+        )
+        more, state, _ = behavior.loss(
+            params["behavior"],
+            self.state,
+            dreamer(model, params["model"]),
+            observed,
+            self.steps,
+            self.trained.behavior,
+        )
+        return losses | more, state
 
     def time_major(self, name: str) -> jax.Array:
         return jnp.asarray(np.swapaxes(self.arrays[name], 0, 1))
@@ -201,13 +259,8 @@ class Case:
 
 def recompute(case: Case) -> dict[str, np.ndarray]:
     """Every `out/` array that is not a gradient, under its recorded name."""
-    agent, params, steps = case.agent, case.params, case.steps
-    model, behavior = agent.model, agent.behavior
-    trained = Noise(
-        case.noise.posterior,
-        case.noise.prior,
-        {k: v[:-1] for k, v in case.noise.action.items()},
-    )
+    params, steps, trained = case.params, case.steps, case.trained
+    model = case.agent.model
     out: dict[str, np.ndarray] = {}
 
     def put(name: str, value: Any) -> None:
@@ -217,22 +270,21 @@ def recompute(case: Case) -> dict[str, np.ndarray]:
     def put_dream(name: str, value: Any) -> None:
         out[f"out/img/{name}"] = case.dream_back(value)
 
-    @jax.jit
-    def model_part(params: Any) -> Any:
-        latents, post = model.observe(params["model"], case.carry, steps, trained.posterior)
-        prior = Prior(case.config.model).apply({"params": params["model"]["prior"]}, latents.deter)
-        return latents, post, prior
-
-    latents, post, prior = model_part(params)
-    latent_config = case.config.model.latent
-    put("rssm/deter", latents.deter)
-    put("rssm/stoch", latents.stoch)
+    out["out/enc/tokens"] = tokens(case)
+    observed = jax.jit(model.observe)(params["model"], case.carry, steps, trained.model)
+    latents = observed.latents
+    deter, stoch = case.split(latents)
+    post = case.posterior(deter, jnp.asarray(np.swapaxes(out["out/enc/tokens"], 0, 1)))
+    prior = case.prior(deter)
+    unimix = case.config.model.latent.unimix
+    put("rssm/deter", deter)
+    put("rssm/stoch", stoch)
     for name, logits in (("post", post), ("prior", prior)):
-        dist = distribution(latent_config, logits)
+        dist = dists.OneHot(logits, unimix)
         put(f"rssm/{name}_logit", logits)
         put(f"rssm/{name}_logprob", dist.logprobs)
         put(f"rssm/{name}_entropy", dist.entropy())
-    kl = distribution(latent_config, post).kl_divergence(distribution(latent_config, prior))
+    kl = dists.OneHot(post, unimix).kl_divergence(dists.OneHot(prior, unimix))
     put("rssm/kl_dyn_raw", kl)
     put("rssm/kl_rep_raw", kl)
 
@@ -248,17 +300,19 @@ def recompute(case: Case) -> dict[str, np.ndarray]:
             put(f"dec/{key}/pred", heads[key].pred)
         else:
             put(f"dec/{key}/logprob", heads[key].logprobs)
+            name = f"out/dec/{key}/logits"
+            put(f"dec/{key}/logits", _unnormalise(case, name, heads[key].logprobs))
     put("rew/logits", heads["reward"].logits)
     put("rew/pred", heads["reward"].mean())
     put("con/logit", heads["continue"].logit)
     put("con/prob", heads["continue"].mean())
     for name, values in (
-        ("val", behavior.value(params["behavior"], feat)),
-        ("slowval", behavior.value(case.slow, feat)),
+        ("val", case.critic.apply(params["behavior"]["value"], feat)),
+        ("slowval", case.critic.apply(case.slow, feat)),
     ):
         put(f"{name}/logits", values.logits)
         put(f"{name}/pred", values.mean())
-    for key, dist in behavior.policy(params["behavior"], feat).items():
+    for key, dist in case.policy.apply(params["behavior"]["policy"], feat).items():
         put(f"pol/{key}/entropy", dist.entropy())
         if f"in/act_given/{key}" in case.arrays:
             put(f"pol/{key}/logp", dist.log_prob(case.time_major(f"in/act_given/{key}")))
@@ -269,42 +323,39 @@ def recompute(case: Case) -> dict[str, np.ndarray]:
             put(f"pol/{key}/mean", dist.mean())
             put(f"pol/{key}/std", dist.stddev())
 
-    total, report = jax.jit(agent.loss)(params, case.slow, case.state, case.carry, steps, trained)
+    losses, state = jax.jit(case.losses)(params)
     names = {"replay_value": "repval", "reward": "rew", "continue": "con"}
-    for name, value in report.losses.items():
+    for name, value in losses.items():
         ours = names.get(name, name.removeprefix("rec/"))
         put(f"loss/{ours}", value)
         out[f"out/total/mean/{ours}"] = np.asarray(value.mean())
         out[f"out/total/scale/{ours}"] = np.float32(case.config.weights.of(name))
+    total, _ = weighted_sum(losses, lambda name, _: case.config.weights.of(name), jnp.zeros(()))
     out["out/total/loss"] = np.asarray(total)
-    out["out/retnorm_lo_after"] = np.asarray(report.behavior.lo)
-    out["out/retnorm_hi_after"] = np.asarray(report.behavior.hi)
+    out["out/retnorm_lo_after"] = np.asarray(state.returns.lo)
+    out["out/retnorm_hi_after"] = np.asarray(state.returns.hi)
 
     # The dream, piece by piece.
-    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-    act = lambda feat, draws: behavior.act(params["behavior"], feat, draws)  # noqa: E731
-    step = lambda feat, draws: (act(feat, draws), None)  # noqa: E731
-    imagined, actions, _ = jax.jit(
-        lambda params: model.imagine(
-            params, jax.tree.map(flat, latents), step, trained.prior, trained.action
-        )
-    )(params["model"])
-    dream_feat = model.features(imagined)
-    last = act(dream_feat[-1], {k: v[-1] for k, v in case.noise.action.items()})
-    actions, last = (x if isinstance(x, dict) else {"action": x} for x in (actions, last))
-    actions = {k: jnp.concatenate([actions[k], last[k][None]]) for k in actions}
-    prior_net = Prior(case.config.model)
-    prior_logits = prior_net.apply({"params": params["model"]["prior"]}, imagined.deter[1:])
-    dream_heads = model.predict(params["model"], imagined, ("reward", "continue"))
-    values = behavior.value(params["behavior"], dream_feat)
-    slow = behavior.value(case.slow, dream_feat)
+    dreams = dreamer(model, params["model"])
+    act = lambda feat, draws: _bare(case.act(feat, draws))  # noqa: E731
+    start: Start = dreams.starts(observed)
+    imagined = jax.jit(lambda draws: dreams.imagine(start, act, draws))(trained.behavior)
+    dream_feat = jnp.concatenate([imagined.latents, imagined.last[None]])
+    last = case.act(dream_feat[-1], {k: v[-1] for k, v in case.draws.behavior.action.items()})
+    actions = as_dict(imagined.action)
+    actions = {k: jnp.concatenate([actions[k], last[k][None]]) for k in case.action_space}
+    dream_deter, dream_stoch = case.split(dream_feat)
+    prior_logits = case.prior(dream_deter[1:])
+    dream_heads = model.predict(params["model"], dream_feat, ("reward", "continue"))
+    values = case.critic.apply(params["behavior"]["value"], dream_feat)
+    slow = case.critic.apply(case.slow, dream_feat)
     reward, cont = dream_heads["reward"].mean(), dream_heads["continue"].mean()
-    dream, _ = dream_targets(case.config.behavior, case.state, reward, cont, values.mean())
-    policy = behavior.policy(params["behavior"], dream_feat)
+    dream, _ = dream_targets(case.config.behavior, case.returns, reward, cont, values.mean())
+    policy = case.policy.apply(params["behavior"]["policy"], dream_feat)
     logp = sum(policy[k].log_prob(actions[k]) for k in actions)
     entropy = sum(dist.entropy() for dist in policy.values())
-    put_dream("deter", imagined.deter)
-    put_dream("stoch", imagined.stoch)
+    put_dream("deter", dream_deter)
+    put_dream("stoch", dream_stoch)
     put_dream("prior_logit", prior_logits)
     for key, value in actions.items():
         put_dream("action" if len(actions) == 1 else f"action/{key}", value)
@@ -338,9 +389,8 @@ def recompute(case: Case) -> dict[str, np.ndarray]:
     columns = jax.vmap(replay_lambda_return, (1, 1, 1, 1), 1)
     put("repl/boot", boot)
     put("repl/ret", columns(steps.reward, steps.is_last, steps.is_terminal, boot))
-    put("repl/val", behavior.value(params["behavior"], feat).mean())
-    put("repl/slowval", behavior.value(case.slow, feat).mean())
-    out["out/enc/tokens"] = tokens(case)
+    put("repl/val", case.critic.apply(params["behavior"]["value"], feat).mean())
+    put("repl/slowval", case.critic.apply(case.slow, feat).mean())
     return out
 
 
@@ -354,17 +404,12 @@ def tokens(case: Case) -> np.ndarray:
 
 def gradients(case: Case) -> dict[str, np.ndarray]:
     """`grad/NAME` of the total loss and `gradnorm/values` of every loss term."""
-    agent = case.agent
-    trained = case.noise._replace(action={k: v[:-1] for k, v in case.noise.action.items()})
 
     def loss(params: Any, weights: dict[str, jax.Array]) -> jax.Array:
-        _, report = agent.loss(params, case.slow, case.state, case.carry, case.steps, trained)
-        return sum(weights[name] * value.mean() for name, value in report.losses.items())
+        losses, _ = case.losses(params)
+        return sum(weights[name] * value.mean() for name, value in losses.items())
 
-    shapes = jax.eval_shape(
-        lambda p: agent.loss(p, case.slow, case.state, case.carry, case.steps, trained)[1].losses,
-        case.params,
-    )
+    shapes = jax.eval_shape(lambda params: case.losses(params)[0], case.params)
     grad = jax.jit(jax.grad(loss))
     ours = {"repval": "replay_value", "rew": "reward", "con": "continue"}
     out = {}
@@ -386,17 +431,15 @@ def gradients(case: Case) -> dict[str, np.ndarray]:
 
 def acting(case: Case) -> dict[str, np.ndarray]:
     """`act/action`, `act/deter`, `act/stoch`: two acting steps on observations 1 and 2."""
-    model, behavior, arrays = case.agent.model, case.agent.behavior, case.arrays
+    model, arrays = case.agent.model, case.arrays
     carry = case.carry
     action = {k: case.steps.action[k][1] for k in case.action_space}
     rows: dict[str, list[Any]] = {"deter": [], "stoch": []}
 
     @jax.jit
-    def act(carry: Latent, steps: Step, gumbel: Any, draws: Any) -> Any:
-        latents, _ = model.observe(case.params["model"], carry, steps, gumbel)
-        carry = jax.tree.map(lambda x: x[0], latents)
-        feat = model.features(carry)
-        return carry, behavior.act(case.params["behavior"], feat, draws)
+    def act(carry: Any, steps: Step, gumbel: Any, draws: Any) -> Any:
+        observed = model.observe(case.params["model"], carry, steps, gumbel)
+        return observed.carry, case.act(observed.latents[0], draws)
 
     for i in range(arrays["act/noise_post"].shape[1]):
         row = jax.tree.map(lambda x, i=i: x[i + 1][None], case.steps)
@@ -405,10 +448,9 @@ def acting(case: Case) -> dict[str, np.ndarray]:
             k: arrays["act/noise_act" if "act/noise_act" in arrays else f"act/noise_act/{k}"][:, i]
             for k in case.action_space
         }
-        carry, chosen = act(carry, row, arrays["act/noise_post"][:, i][None], draws)
-        action = chosen if isinstance(chosen, dict) else {"action": chosen}
-        rows["deter"].append(carry.deter)
-        rows["stoch"].append(carry.stoch)
+        carry, action = act(carry, row, arrays["act/noise_post"][:, i][None], draws)
+        rows["deter"].append(carry.core)
+        rows["stoch"].append(case.grouped(carry.stoch))
         for key, value in action.items():
             name = "action" if len(action) == 1 else f"action/{key}"
             rows.setdefault(name, []).append(value)
@@ -473,6 +515,11 @@ def check_context(arrays: Mapping[str, np.ndarray]) -> None:
     for name in ("deter", "stoch"):
         have = np.asarray(getattr(window.context, name))[starts]
         np.testing.assert_array_equal(have, arrays[f"context/out_carry/{name}"][starts])
+
+
+def _bare(actions: dict[str, Any]) -> Any:
+    """A dict of actions as an environment's space has it: bare if it is called "action"."""
+    return actions["action"] if list(actions) == ["action"] else actions
 
 
 def _names(arrays: Mapping[str, np.ndarray], prefix: str) -> list[str]:

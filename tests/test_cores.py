@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxwm import nets
 from jaxwm.models import recurrent, running_mean
 from jaxwm.types import JaxwmError
 
@@ -13,7 +14,7 @@ CORES = {
     "planet": (recurrent.core, recurrent.PlanetGRUConfig(deter=6, hidden=16)),
     "keras": (recurrent.core, recurrent.KerasGRUConfig(deter=6, hidden=4)),
     "layer_norm": (recurrent.core, recurrent.LayerNormGRUConfig(deter=6, hidden=4)),
-    "layer_norm_input": (recurrent.core, recurrent.LayerNormGRUConfig(6, 4, norm=True)),
+    "layer_norm_input": (recurrent.core, recurrent.LayerNormGRUConfig(6, 4, norm="layer")),
     "running_mean": (running_mean.core, running_mean.RunningMeanConfig(deter=6)),
 }
 
@@ -137,6 +138,7 @@ def test_carries_and_outputs_have_the_compute_type(rows):
 
 def test_a_gru_that_keeps_or_replaces_its_state():
     """Gates driven to 0 or 1 by their biases leave the old state or the candidate, by hand."""
+    planet, keras = nets.call(recurrent.PlanetGRU(3, 2)), nets.call(recurrent.KerasGRU(3, 2))
     h = jnp.array([[0.5, -0.25]])
     x = jnp.zeros((1, 3))
     big = jnp.array([50.0, 50.0])
@@ -145,28 +147,31 @@ def test_a_gru_that_keeps_or_replaces_its_state():
         "gates": {"kernel": none(5, 4), "bias": jnp.concatenate([big, big])},  # [r, u] = 1
         "candidate": {"kernel": none(5, 2), "bias": jnp.array([1.0, 2.0])},
     }
-    np.testing.assert_allclose(recurrent.planet_cell(keep, x, h), h)
+    np.testing.assert_allclose(planet(keep, x, h), h)
     new = keep | {"gates": {"kernel": none(5, 4), "bias": jnp.concatenate([big, -big])}}
-    np.testing.assert_allclose(recurrent.planet_cell(new, x, h), np.tanh([[1.0, 2.0]]), 1e-6)
+    np.testing.assert_allclose(planet(new, x, h), np.tanh([[1.0, 2.0]]), 1e-6)
     # Keras: [z, r, c]; z keeps, r multiplies the recurrent share of the candidate.
     biases = {"kernel": none(3, 6), "bias": jnp.concatenate([-big, -big, jnp.array([1.0, 2.0])])}
     recurrent_share = {"kernel": none(2, 6), "bias": jnp.full(6, 3.0)}
     params = {"input": biases, "recurrent": recurrent_share}
-    np.testing.assert_allclose(recurrent.keras_cell(params, x, h), np.tanh([[1.0, 2.0]]), 1e-6)
+    np.testing.assert_allclose(keras(params, x, h), np.tanh([[1.0, 2.0]]), 1e-6)
 
 
 def test_initialisers():
     keys = jax.random.split(jax.random.key(3), 3)
-    planet = recurrent.planet_cell_init(keys[0], 40, 30)
+    x, h = jnp.zeros((1, 40)), jnp.zeros((1, 30))
+    planet = recurrent.PlanetGRU(40, 30).init(keys[0], x, h)["params"]
     np.testing.assert_array_equal(planet["gates"]["bias"], 1.0)
     np.testing.assert_array_equal(planet["candidate"]["bias"], 0.0)
     limit = np.sqrt(6 / (70 + 60))
     kernel = np.asarray(planet["gates"]["kernel"])
     assert 0.98 * limit < np.abs(kernel).max() <= limit
     assert abs(kernel.std() - limit / np.sqrt(3)) < 0.02 * limit
-    rows = np.asarray(recurrent.keras_cell_init(keys[1], 40, 30)["recurrent"]["kernel"])
+    rows = np.asarray(
+        recurrent.KerasGRU(40, 30).init(keys[1], x, h)["params"]["recurrent"]["kernel"]
+    )
     np.testing.assert_allclose(rows @ rows.T, np.eye(30), atol=1e-5)
-    norm = recurrent.layer_norm_cell_init(keys[2], 40, 30)["norm"]
+    norm = recurrent.LayerNormGRU(40, 30).init(keys[2], x, h)["params"]["norm"]
     np.testing.assert_array_equal(norm["scale"], np.ones(90))
 
 

@@ -17,8 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxwm import dists, threefry
-from jaxwm import nets_before as nets
+from jaxwm import backend, dists, nets
 from jaxwm.config import at_least, positive, require, share
 from jaxwm.numerics import (
     Percentiles,
@@ -27,7 +26,7 @@ from jaxwm.numerics import (
     percentiles_update,
     symexp_bins,
 )
-from jaxwm.products import rounded
+from jaxwm.optim import SlowState, slow_copy
 from jaxwm.returns import lambda_return, replay_lambda_return
 from jaxwm.types import (
     Action,
@@ -36,11 +35,15 @@ from jaxwm.types import (
     Behavior,
     Box,
     Discrete,
+    Dreamer,
     JaxwmError,
     Key,
-    Latent,
     Metrics,
+    Mode,
+    Net,
+    Observed,
     Params,
+    PyTree,
     Step,
     WorldModel,
     as_dict,
@@ -51,7 +54,7 @@ sg = jax.lax.stop_gradient
 
 @dataclasses.dataclass(frozen=True)
 class ActorCriticConfig:
-    """Numbers of the imagined actor-critic.
+    """Hyperparameters of the imagined actor-critic.
 
     Args:
       units: width of policy and critic.
@@ -89,8 +92,8 @@ class ActorCriticConfig:
         positive(self, "return_rate")
 
 
-class Dream(NamedTuple):
-    """What an imagined batch yields, none of it differentiated; H states unless noted."""
+class Targets(NamedTuple):
+    """What policy and critic learn from; no gradient flows into any of it."""
 
     reward: Array  # (H + 1, N)
     cont: Array  # (H + 1, N), probability, discount included
@@ -108,7 +111,7 @@ def dream_targets(
     cont: Array,
     value: Array,
     all_gather: Callable[[Array], Array] = lambda returns: returns,
-) -> tuple[Dream, Percentiles]:
+) -> tuple[Targets, Percentiles]:
     """Returns, advantages and weights of imagined trajectories.
 
     R_i = r_{i+1} + c_{i+1} ((1 - lambda) v_{i+1} + lambda R_{i+1}),  R_H = v_H
@@ -134,7 +137,100 @@ def dream_targets(
     scale = percentiles_scale(returns_range)
     weight = jnp.cumprod(cont, 0)[:-1]
     advantage = (returns - value[:-1]) / scale
-    return Dream(reward, cont, value, weight, returns, advantage, scale), returns_range
+    return Targets(reward, cont, value, weight, returns, advantage, scale), returns_range
+
+
+class State(NamedTuple):
+    """What the behaviour keeps beside its parameters."""
+
+    returns: Percentiles
+    slow: SlowState  # the slow copy of the critic
+
+
+class Draws(NamedTuple):
+    """Every random number of one loss, for dreams that start from T * B rows."""
+
+    model: PyTree  # (H, T * B, ...)
+    action: dict[str, Array]  # (H, T * B, ...)
+
+
+def policy(
+    config: ActorCriticConfig, action_space: ActionSpace, feature_size: int, dtype: str = "float32"
+) -> Net:
+    """The policy: `params, features (..., F) -> {action key: distribution}`.
+
+    Args:
+      config: sizes.
+      action_space: one space, or a space per key.
+      feature_size: length F of the features.
+      dtype: compute type.
+
+    Raises:
+      JaxwmError: if an action space is neither discrete nor a box of numbers, or two outputs of the
+        policy's network would have one name.
+    """
+    spaces, sizes = as_dict(action_space), {}
+    for name, space in spaces.items():
+        outputs = _outputs(name, space)
+        taken = outputs.keys() & {*sizes, "mlp"}
+        require(
+            not taken,
+            f"The action {name!r} needs an output of the policy's network called "
+            f"{', '.join(taken)}, and there already is one. Rename the action.",
+        )
+        sizes |= outputs
+    module = nets.Heads(feature_size, config.units, config.layers, sizes, 0.01, dtype)
+    run = nets.call(module)
+
+    def apply(params: Params, feat: Array) -> dict[str, Any]:
+        out, result = run(params, feat), {}
+        for name, space in spaces.items():
+            if isinstance(space, Discrete):
+                logits = out[name].reshape(*out[name].shape[:-1], *space.shape, space.width)
+                rank = len(space.shape)
+                result[name] = dists.Categorical(logits, space.mask(), config.unimix, rank)
+            else:
+                shape = (*feat.shape[:-1], *space.shape)
+                mean, std = out[f"{name}_mean"].reshape(shape), out[f"{name}_std"].reshape(shape)
+                result[name] = dists.BoundedNormal(mean, std, event_ndims=len(space.shape))
+        return result
+
+    return Net(lambda key: module.init(key, jnp.zeros((1, feature_size)))["params"], apply)
+
+
+def _outputs(name: str, space: Any) -> dict[str, int]:
+    """The outputs of the policy's network for one action, with their sizes."""
+    if isinstance(space, Discrete):
+        return {name: math.prod(space.shape) * space.width}
+    if isinstance(space, Box) and space.dtype == "float32" and len(space.shape) > 0:
+        return dict.fromkeys((f"{name}_mean", f"{name}_std"), math.prod(space.shape))
+    raise JaxwmError(
+        f"The action {name!r} has the space {space}, which the actor-critic cannot take: use "
+        "Discrete, or a float32 Box of at least one dimension."
+    )
+
+
+def action_draws(action_space: ActionSpace, key: Key, lead: tuple[int, ...]) -> dict[str, Array]:
+    """Random numbers for actions of shape `lead`: Gumbel for choices, normal for boxes."""
+    draws = {}
+    for index, (name, space) in enumerate(sorted(as_dict(action_space).items())):
+        key_name = jax.random.fold_in(key, index)
+        if isinstance(space, Discrete):
+            draws[name] = jax.random.gumbel(key_name, (*lead, *space.shape, space.width))
+        else:
+            draws[name] = jax.random.normal(key_name, (*lead, *space.shape))
+    return draws
+
+
+def critic(config: ActorCriticConfig, feature_size: int, dtype: str = "float32") -> Net:
+    """The critic: `params, features (..., F) -> distribution` of the return from there."""
+    bins = symexp_bins(config.bins)
+    module = nets.Heads(feature_size, config.units, config.layers, {"out": config.bins}, 0.0, dtype)
+    run = nets.call(module)
+    return Net(
+        lambda key: module.init(key, jnp.zeros((1, feature_size)))["params"],
+        lambda params, feat: dists.TwoHot(run(params, feat)["out"], bins),
+    )
 
 
 def actor_critic(
@@ -143,212 +239,144 @@ def actor_critic(
     model: WorldModel,
     feature_size: int,
     dtype: str = "float32",
+    slow_rate: float = 0.02,
     all_gather: Callable[[Array], Array] = lambda returns: returns,
 ) -> Behavior:
     """The behaviour as pure functions; see `types.Behavior`.
 
-    `loss(params, slow, state, model_params, latents, steps, noise, action_noise)` returns
-    `{"policy" (T, B), "value" (T, B), "replay_value" (T-1, B)}`, the new state and metrics.
+    `loss` returns `{"policy" (T, B), "value" (T, B), "replay_value" (T-1, B)}`.
 
     Args:
-      config: numbers.
+      config: hyperparameters.
       action_space: one space, or a space per key.
       model: the world model to dream in.
       feature_size: length of the model's features.
       dtype: compute type.
+      slow_rate: share of the critic that its slow copy takes over after each update.
       all_gather: see `dream_targets`.
 
     Raises:
-      JaxwmError: if an action space is neither discrete nor a box of numbers, or two outputs of the
-        policy's network would have one name.
+      JaxwmError: see `policy`.
     """
-    spaces, sizes = as_dict(action_space), {}
-    for name, space in spaces.items():
-        if isinstance(space, Discrete):
-            outputs = {name: math.prod(space.shape) * space.width}
-        elif isinstance(space, Box) and space.dtype == "float32" and len(space.shape) > 0:
-            outputs = dict.fromkeys((f"{name}_mean", f"{name}_std"), math.prod(space.shape))
-        else:
-            raise JaxwmError(
-                f"The action {name!r} has the space {space}, which the actor-critic cannot "
-                "take: use Discrete, or a float32 Box of at least one dimension."
-            )
-        taken = outputs.keys() & {*sizes, "mlp"}
-        require(
-            not taken,
-            f"The action {name!r} would be the output {', '.join(taken)} of the policy's network, "
-            "which has one of that name. Rename the action.",
-        )
-        sizes |= outputs
-    heads = (feature_size, config.units, config.layers)
-    policy_net = nets.Heads(*heads, sizes, 0.01, dtype)
-    value_net = nets.Heads(*heads, {"out": config.bins}, 0.0, dtype)
-    bins = symexp_bins(config.bins)
+    policy_net = policy(config, action_space, feature_size, dtype)
+    critic_net = critic(config, feature_size, dtype)
+    slow = slow_copy(slow_rate)
 
     def init(key: Key) -> Params:
         key_policy, key_value = jax.random.split(key)
-        feat = jnp.zeros((1, feature_size))
-        return {
-            "policy": policy_net.init(key_policy, feat)["params"],
-            "value": value_net.init(key_value, feat)["params"],
-        }
+        return {"policy": policy_net.init(key_policy), "value": critic_net.init(key_value)}
 
-    def plan(out: dict[str, Array]) -> dict[str, Any]:
-        """The policy from its network's output."""
-        result = {}
-        for name, space in spaces.items():
-            if isinstance(space, Discrete):
-                logits = out[name].reshape(*out[name].shape[:-1], *space.shape, space.width)
-                rank = len(space.shape)
-                result[name] = dists.Categorical(logits, space.mask(), config.unimix, rank)
-            else:
-                mean, std = out[f"{name}_mean"], out[f"{name}_std"]
-                shape = (*mean.shape[:-1], *space.shape)
-                mean, std = mean.reshape(shape), std.reshape(shape)
-                result[name] = dists.BoundedNormal(mean, std, event_ndims=len(space.shape))
-        return result
+    def initial(params: Params) -> State:
+        return State(percentiles_init(), slow.init(params["value"]))
 
-    def draw(plan: dict[str, Any], draws: dict[str, Array]) -> Action:
+    def after(state: State, params: Params) -> State:
+        return state._replace(slow=slow.update(state.slow, params["value"]))
+
+    def draws(key: Key, lead: tuple[int, int]) -> Draws:
+        key_model, key_action = jax.random.split(key)
+        dream = (config.imagine, math.prod(lead))
+        return Draws(model.draws(key_model, dream), action_draws(action_space, key_action, dream))
+
+    def sample(plan: dict[str, Any], draws: dict[str, Array]) -> Action:
         chosen = {name: dist.sample_noise(draws[name]) for name, dist in plan.items()}
         return chosen if isinstance(action_space, Mapping) else chosen["action"]
 
-    def policy(params: Params, feat: Array) -> dict[str, Any]:
-        return plan(nets.call(policy_net)(params["policy"], feat))
-
-    def value(params: Params, feat: Array) -> dists.TwoHot:
-        return dists.TwoHot(nets.call(value_net)(params["value"], feat)["out"], bins)
-
-    def noise(key: Key, lead: tuple[int, ...]) -> dict[str, Array]:
-        draws = {}
-        for index, (name, space) in enumerate(sorted(spaces.items())):
-            key_name = jax.random.fold_in(key, index)
-            if isinstance(space, Discrete):
-                shape = (*lead, *space.shape, space.width)
-                draws[name] = threefry.gumbel(key_name, shape)
-            else:
-                draws[name] = threefry.normal(key_name, (*lead, *space.shape))
-        return draws
-
-    def act(params: Params, feat: Array, draws: dict[str, Array]) -> Action:
-        return draw(policy(params, feat), draws)
+    def act(
+        params: Params,
+        dreamer: Dreamer,
+        carry: PyTree,
+        model_carry: PyTree,
+        latent: PyTree,
+        key: Key,
+        mode: Mode,
+    ) -> tuple[PyTree, Action]:
+        del model_carry  # a policy needs no plan
+        feat = dreamer.features(latent)
+        plan = policy_net.apply(params["policy"], feat)
+        if mode == "greedy":
+            chosen = {name: dist.mode() for name, dist in plan.items()}
+            return carry, chosen if isinstance(action_space, Mapping) else chosen["action"]
+        return carry, sample(plan, action_draws(action_space, key, feat.shape[:-1]))
 
     def replay_value_loss(
-        params: Params,
-        latents: Latent,
-        steps: Step,
-        bootstrap: Array,
-        products: Any,
-        total: Array,
-        slow_value: Array,
+        params: Params, feat: Array, steps: Step, bootstrap: Array, slow_value: Array
     ) -> Array:
-        """The critic's loss (T-1, B) on replayed rows; its gradient goes on into the world model.
-
-        Dreams start from these rows: their first returns are the bootstrap, and the critic's
-        products and totals, and the slow critic's values, are known from them.
-        """
-        columns = jax.vmap(replay_lambda_return, in_axes=(1, 1, 1, 1, None, None), out_axes=1)
-        discount = 1.0 - 1.0 / config.horizon
-        targets = columns(
-            steps.reward, steps.is_last, steps.is_terminal, bootstrap, discount, config.lambda_
+        """The critic's loss (T-1, B) on replayed rows. Its gradient reaches the world model."""
+        returns = jax.vmap(replay_lambda_return, in_axes=(1, 1, 1, 1, None, None), out_axes=1)(
+            steps.reward,
+            steps.is_last,
+            steps.is_terminal,
+            bootstrap,
+            1.0 - 1.0 / config.horizon,
+            config.lambda_,
         )
-        rows, products, total, slow_value = jax.tree.map(
-            lambda x: x[:-1], (latents, products, total, slow_value)
-        )
-        out = nets.recalling(value_net)(params["value"], products, model.features(rows))
-        critic = dists.TwoHot(out["out"], bins, total)
-        loss = -critic.log_prob(targets)
-        loss -= config.slow_regularizer * critic.log_prob(slow_value)
-        return loss * (1.0 - steps.is_last[:-1])
+        value = critic_net.apply(params["value"], feat[:-1])
+        fit = value.log_prob(returns) + config.slow_regularizer * value.log_prob(slow_value[:-1])
+        return -fit * (1.0 - steps.is_last[:-1])
 
     def loss(
         params: Params,
-        slow: Params,
-        state: Percentiles,
-        model_params: Params,
-        latents: Latent,
+        state: State,
+        dreamer: Dreamer,
+        observed: Observed,
         steps: Step,
-        prior_noise: Array,
-        action_noise: dict[str, Array],
-    ) -> tuple[dict[str, Array], Percentiles, Metrics]:
+        draws: Draws,
+    ) -> tuple[dict[str, Array], State, Metrics]:
         lead = steps.is_first.shape
-        # Dreams are not differentiated: neither the model nor the policy learns through them.
-        fixed_model, fixed_params = sg(model_params), sg(params)
-        start = jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), latents)
+        fixed, slow_params = sg(params), sg(state.slow.params)
 
-        # Policy and critic are computed once per imagined state. What they learn from is known
-        # only when all have been, so that their products are kept until then.
-        def step(feat: Array, draws: dict[str, Array]) -> tuple[Action, Any]:
-            out, products = nets.remembering(policy_net)(fixed_params["policy"], feat)
-            return draw(plan(out), draws), (feat, products)
+        # Dream from every replayed row.
+        act_in_dream = lambda feat, draws: sample(policy_net.apply(fixed["policy"], feat), draws)  # noqa: E731
+        dreams = dreamer.imagine(dreamer.starts(observed), act_in_dream, draws)
+        latents, action, last = sg(dreams)
 
-        dreamt = model.imagine(fixed_model, start, step, prior_noise, action_noise)
-        imagined, actions, (feat, policy_products) = sg(dreamt)
-        last = rounded(model.features(imagined)[-1])
+        def judge(latents: PyTree) -> tuple[Array, ...]:
+            heads, feat = (
+                dreamer.predict(latents, ("reward", "continue")),
+                dreamer.features(latents),
+            )
+            critics = (critic_net.apply(x, feat) for x in (fixed["value"], slow_params))
+            return tuple(x.mean() for x in (heads["reward"], heads["continue"], *critics))
 
-        critics = {"value": fixed_params["value"], "slow": slow["value"]}
-
-        def judge(feat: Array, *names: str) -> tuple[list[Array], Any]:
-            """Means of reward, continue and critics; the first critic's products and total."""
-            heads = model.predict(fixed_model, model.split(feat), ("reward", "continue"))
-            outs, products = nets.abreast(dict.fromkeys(names, value_net))(critics, feat)
-            values = [dists.TwoHot(outs[name]["out"], bins) for name in names]
-            means = [x.mean() for x in (heads["reward"], heads["continue"], *values)]
-            return means, (products[names[0]], values[0].total())
-
-        # The last state apart from the others, which the dream stacked: together they are copied.
-        (*judged, slow_values), (value_products, totals) = sg(
-            nets.by_slices(lambda feat: judge(feat, "value", "slow"), feat)
+        *judged, slow_value = backend.by_slices(judge, latents)
+        reward, cont, value = (
+            jnp.concatenate([x, end[None]]) for x, end in zip(judged, judge(last)[:3], strict=True)
         )
-        judged = zip(judged, judge(last, "value")[0], strict=True)
-        reward, cont, values = sg([jnp.concatenate([xs, x[None]]) for xs, x in judged])
         if config.start_weight == "true":
             cont = cont.at[0].set(1.0 - steps.is_terminal.reshape(-1))
-        dream, state = dream_targets(config, state, reward, cont, values, all_gather)
+        targets, returns = dream_targets(config, state.returns, reward, cont, value, all_gather)
 
-        learners = nets.abreast({"policy": policy_net, "value": value_net})
-        products = {"policy": policy_products, "value": value_products}
+        # Score-function gradient for the policy, maximum likelihood of the returns for the critic.
+        def score(
+            latents: PyTree, action: Any, advantage: Array, returns: Array, slow_value: Array
+        ):
+            feat = dreamer.features(latents)
+            plan = policy_net.apply(params["policy"], feat)
+            log_prob = sum(plan[name].log_prob(x) for name, x in as_dict(action).items())
+            entropy: Any = sum(dist.entropy() for dist in plan.values())
+            value = critic_net.apply(params["value"], feat)
+            fit = value.log_prob(returns) + config.slow_regularizer * value.log_prob(slow_value)
+            return log_prob * advantage + config.entropy * entropy, fit, entropy
 
-        def learn(feat, products, total, action, advantage, returns, slow_value) -> tuple:
-            outs, _ = learners(params, feat, products)
-            actor, estimate = plan(outs["policy"]), dists.TwoHot(outs["value"]["out"], bins, total)
-            log_prob = sum(actor[k].log_prob(x) for k, x in as_dict(action).items())
-            entropy: Any = sum(dist.entropy() for dist in actor.values())
-            score = log_prob * advantage + config.entropy * entropy
-            pull = estimate.log_prob(slow_value)
-            return score, estimate.log_prob(returns) + config.slow_regularizer * pull, entropy
-
-        score, fit, entropy = nets.by_slices(
-            learn,
-            feat,
-            products,
-            totals,
-            actions,
-            dream.advantage,
-            dream.returns,
-            slow_values,
+        gain, fit, entropy = backend.by_slices(
+            score, latents, action, targets.advantage, targets.returns, slow_value
         )
-        policy_loss, value_loss = (-(dream.weight * x).mean(0) for x in (score, fit))
-
-        known = jax.tree.map(
-            lambda x: x[0].reshape(*lead, *x.shape[2:]), (value_products, totals, slow_values)
-        )
-        bootstrap = dream.returns[0].reshape(lead)
-        replay_loss = replay_value_loss(params, latents, steps, bootstrap, *known)
-
+        bootstrap, slow_start = targets.returns[0].reshape(lead), slow_value[0].reshape(lead)
+        real = dreamer.features(observed.latents)
         losses = {
-            "policy": policy_loss.reshape(lead),
-            "value": value_loss.reshape(lead),
-            "replay_value": replay_loss,
+            "policy": -(targets.weight * gain).mean(0).reshape(lead),
+            "value": -(targets.weight * fit).mean(0).reshape(lead),
+            "replay_value": replay_value_loss(params, real, steps, bootstrap, slow_start),
         }
         metrics = {
-            "dream/return": dream.returns.mean(),
-            "dream/return_scale": dream.scale,
-            "dream/value": dream.value.mean(),
-            "dream/reward": dream.reward.mean(),
-            "dream/continue": dream.cont.mean(),
-            "dream/advantage": jnp.abs(dream.advantage).mean(),
+            "dream/return": targets.returns.mean(),
+            "dream/return_scale": targets.scale,
+            "dream/value": targets.value.mean(),
+            "dream/reward": targets.reward.mean(),
+            "dream/continue": targets.cont.mean(),
+            "dream/advantage": jnp.abs(targets.advantage).mean(),
             "policy/entropy": entropy.mean(),
         }
-        return losses, state, metrics
+        return losses, state._replace(returns=returns), metrics
 
-    return Behavior(init, percentiles_init, noise, policy, value, act, loss)
+    return Behavior(init, initial, lambda batch: (), draws, act, loss, after)

@@ -410,7 +410,7 @@ def objective(
 def gradient_step(
     config: PPOConfig,
     networks: Networks,
-    optimizer: optim.Transformation,
+    optimizer: optim.Optimizer,
     batch: Batch,
     shards: Shards = ALONE,
 ) -> Callable[..., Any]:

@@ -18,7 +18,19 @@ import numpy as np
 from jaxwm import dists, nets
 from jaxwm.config import at_least, require
 from jaxwm.numerics import symlog, wide
-from jaxwm.types import Array, Box, Discrete, JaxwmError, Key, Net, Params, Space, is_image
+from jaxwm.types import (
+    Array,
+    Box,
+    Discrete,
+    JaxwmError,
+    Key,
+    Net,
+    ObsSpace,
+    Params,
+    Space,
+    is_image,
+    zeros,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +75,8 @@ def concat_entries(
 ) -> Array:
     """Entries of a dict as one vector: (..., *shape) each to (..., F), keys sorted.
 
-    An entry with any missing element (-inf in numbers, -1 in classes) is zero as a whole.
+    An entry with any missing element (-inf in numbers, -1 in classes) is zero as a whole. Classes
+    may also be given as one-hot vectors (..., *shape, width), through which gradients flow.
 
     Args:
       spaces: the space of each entry.
@@ -77,7 +90,10 @@ def concat_entries(
     for name in sorted(spaces):
         space, value = spaces[name], jnp.asarray(values[name])
         axes = tuple(range(value.ndim - len(space.shape), value.ndim))
-        if isinstance(space, Discrete):
+        if isinstance(space, Discrete) and jnp.issubdtype(value.dtype, jnp.floating):
+            there = jnp.ones(value.shape[: value.ndim - len(space.shape) - 1], bool)
+            part = value
+        elif isinstance(space, Discrete):
             there = jnp.all(value >= 0, axes)
             part = one_hot(space, value)
         else:
@@ -176,19 +192,8 @@ class Encoder(nn.Module):
             halve = nets.StridedConv if strided else nets.PooledConv
             conv = nets.Conv if strided and index == 0 else halve
             x = conv(x.shape[-1], depth, dtype=self.dtype, name=f"conv{index}")(x)
-            x = nets.silu(nets.RMSNorm(depth, name=f"conv_norm{index}")(x))
+            x = jax.nn.silu(nets.RMSNorm(depth, name=f"conv_norm{index}")(x))
         return x.reshape(x.shape[0], -1)
-
-
-def encoder_net(spaces: Mapping[str, Space], config: CodecConfig, dtype: str = "float32") -> Net:
-    """`Encoder` as two pure functions: `key -> params` and `params, obs (N, ...) -> (N, F)`."""
-    module = Encoder(spaces, config, dtype)
-
-    def init(key: Key) -> Params:
-        obs = {name: jnp.zeros((1, *space.shape), space.dtype) for name, space in spaces.items()}
-        return module.init(key, obs)["params"]
-
-    return Net(init, nets.call(module))
 
 
 def flat_net(spaces: Mapping[str, Space]) -> Net:
@@ -247,12 +252,12 @@ class Decoder(nn.Module):
         x0 = x0.reshape(-1, blocks, h, w, c // blocks)
         x0 = x0.transpose(0, 2, 3, 1, 4).reshape(-1, h, w, c)
         x1 = self._linear(stoch, 2 * config.units, "space_stoch")
-        x1 = nets.silu(nets.RMSNorm(2 * config.units, name="space_stoch_norm")(x1))
+        x1 = jax.nn.silu(nets.RMSNorm(2 * config.units, name="space_stoch_norm")(x1))
         x1 = self._linear(x1, h * w * c, "space_hidden").reshape(-1, h, w, c)
-        x = nets.silu(nets.RMSNorm(c, name="space_norm")(x0 + x1))
+        x = jax.nn.silu(nets.RMSNorm(c, name="space_norm")(x0 + x1))
         for index, depth in reversed(list(enumerate(depths[:-1]))):
             x = self._double(x, depth, f"conv{index}")
-            x = nets.silu(nets.RMSNorm(depth, name=f"conv_norm{index}")(x))
+            x = jax.nn.silu(nets.RMSNorm(depth, name=f"conv_norm{index}")(x))
         channels = sum(space.shape[-1] for space in spaces)
         if strided:
             return nets.Conv(x.shape[-1], channels, dtype=self.dtype, name="image_out")(x)
@@ -285,3 +290,39 @@ def reconstruction_loss(space: Space, dist: Any, target: Array) -> Array:
     there = ~jnp.any(absent, axes)
     safe = jnp.where(absent, jnp.zeros_like(target), target)
     return jnp.where(there, -dist.log_prob(safe), 0.0)
+
+
+def encoder(config: CodecConfig, obs_space: ObsSpace, dtype: str = "float32") -> Net:
+    """`params, obs {key: (N, ...)} -> tokens (N, F)`."""
+    module = Encoder(obs_space, config, dtype)
+
+    def init(key: Key) -> Params:
+        return module.init(key, zeros(obs_space, (1,)))["params"]
+
+    return Net(init, nets.call(module))
+
+
+def decoder(
+    config: CodecConfig, obs_space: ObsSpace, deter: int, stoch: int, dtype: str = "float32"
+) -> Net:
+    """`params, h (N, deter), z (N, stoch) -> {key: raw (N, ...)}`."""
+    module = Decoder(obs_space, config, dtype)
+
+    def init(key: Key) -> Params:
+        return module.init(key, jnp.zeros((1, deter)), jnp.zeros((1, stoch)))["params"]
+
+    return Net(init, nets.call(module))
+
+
+def token_size(encoder: Net, obs_space: ObsSpace) -> int:
+    """Length of the tokens of an encoder."""
+
+    def tokens(key: Key) -> Array:
+        return encoder.apply(encoder.init(key), zeros(obs_space, (1,)))
+
+    return jax.eval_shape(tokens, jax.random.key(0)).shape[-1]
+
+
+def recomputed(net: Net) -> Net:
+    """A network whose gradient keeps nothing in between, see `nets.recomputed`."""
+    return Net(net.init, nets.recomputed(net.apply))

@@ -37,11 +37,15 @@ def dreamer(model: WorldModel, params: Params) -> Dreamer:
     def predict(latents: PyTree, keys: tuple[str, ...] | None = None) -> dict[str, Any]:
         return model.predict(fixed, latents, keys)
 
-    return Dreamer(model.draws, starts, step, model.features, predict)
+    def dream(start: Start, policy: Callable[..., Action], draws: tuple[PyTree, Any]) -> Imagined:
+        return imagine(step, model.features, start, policy, draws)
+
+    return Dreamer(model.draws, starts, step, dream, model.features, predict)
 
 
 def imagine(
-    dreamer: Dreamer,
+    advance: Callable[[PyTree, Action, PyTree], tuple[PyTree, PyTree]],
+    features: Callable[[PyTree], Array],
     start: Start,
     policy: Callable[[Array, Any], Action],
     draws: tuple[PyTree, Any],
@@ -49,19 +53,20 @@ def imagine(
     """Dreams of H steps, all at once.
 
     Args:
-      dreamer: the model to dream in.
+      advance: `carry, action, draws -> carry, latent`, one dreamed step.
+      features: `latent -> (N, F)`, what the policy reads.
       start: the N states that dreams begin at.
       policy: `features (N, F), policy draws (N, ...) -> action (N, ...)`.
       draws: draws of the model and of the policy, each (H, N, ...).
 
     Returns:
-      The dreams. Gradients flow as `policy` and `dreamer` let them.
+      The dreams. Gradients flow as `policy` and `advance` let them.
     """
 
     def step(state: tuple[PyTree, PyTree], draws: Any) -> tuple[Any, tuple[PyTree, Action]]:
         (carry, latent), (model_draws, policy_draws) = state, draws
-        action = policy(dreamer.features(latent), policy_draws)
-        return dreamer.step(carry, action, model_draws), (latent, action)
+        action = policy(features(latent), policy_draws)
+        return advance(carry, action, model_draws), (latent, action)
 
     (_, last), (latents, actions) = jax.lax.scan(step, (start.carry, start.latent), draws)
     return Imagined(latents, actions, last)

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxwm import nets
 from jaxwm.config import at_least
-from jaxwm.models import layers
-from jaxwm.models.recurrent import Core, reset
-from jaxwm.types import Array, Bool, Float, Key, Params
+from jaxwm.models.recurrent import reset
+from jaxwm.types import Array, Bool, Core, Float, Key, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,23 +54,26 @@ def core(
       dtype: compute type; sums and parameters are float32.
     """
 
+    size = stoch_size + action_size
+    linear = nets.Linear(size, config.deter, dtype=dtype, kernel_init="glorot")
+    rows = nets.call(linear, "rows")
+
     def init(key: Key) -> Params:
-        return layers.dense_init(key, stoch_size + action_size, config.deter)
+        return linear.init(key, jnp.zeros((1, size)))["params"]
 
     def initial(batch: int) -> Carry:
         state = jnp.zeros((batch, config.deter), jnp.float32)
         return Carry(state, jnp.zeros(batch, jnp.float32), state.astype(dtype))
 
     def embed(params: Params, action: Float[Array, "*lead A"]) -> Float[Array, "*lead D"]:
-        return layers.product(action.astype(dtype), params["kernel"][stoch_size:])
+        return rows(params, action, stoch_size)
 
     def read(params: Params, stoch: Array, embedded: Array) -> Float[Array, "*lead D"]:
-        own = layers.product(stoch.astype(dtype), params["kernel"][:stoch_size])
-        return (own + embedded).astype(jnp.float32)
+        return (rows(params, stoch, 0) + embedded).astype(jnp.float32)
 
     def state(params: Params, total: Array, count: Array) -> Carry:
-        mean = total / count[..., None] + layers.over(params["bias"], total)
-        return Carry(total, count, jnp.tanh(mean).astype(dtype))
+        mean = (total / count[..., None]).astype(dtype)
+        return Carry(total, count, jnp.tanh(nets.call(linear, "add_bias")(params, mean)))
 
     def step(
         params: Params,

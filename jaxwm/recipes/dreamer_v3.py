@@ -17,20 +17,207 @@ steps in minutes on two CPU cores.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from jaxwm.agent import AgentConfig
-from jaxwm.behaviors.actor_critic import ActorCriticConfig
-from jaxwm.config import require
-from jaxwm.models.encoders import CodecConfig
-from jaxwm.models.gru import BlockGRUConfig
-from jaxwm.models.latents import LatentConfig
-from jaxwm.models.world_model import WorldModelConfig
-from jaxwm.optim import OptimConfig, Schedule
-from jaxwm.recipes import RunConfig
+from jaxwm import backend, dists
+from jaxwm.agent import joint
+from jaxwm.behaviors.actor_critic import ActorCriticConfig, actor_critic
+from jaxwm.config import at_least, require, share
+from jaxwm.models import encoders
+from jaxwm.models.encoders import CodecConfig, concat_size, token_size
+from jaxwm.models.gru import BlockGRUConfig, block_gru
+from jaxwm.models.heads import Style, head, posterior
+from jaxwm.models.latents import LatentConfig, categorical
+from jaxwm.models.rssm import Head, Parts, rssm
+from jaxwm.numerics import symexp_bins
+from jaxwm.optim import (
+    Number,
+    OptimConfig,
+    Schedule,
+    laprop,
+    numbers_at_least,
+    square_sums,
+    value_at,
+)
+from jaxwm.recipes import Recipe
+from jaxwm.recipes.run_config import RunConfig
 from jaxwm.replay.device import ReplayConfig
-from jaxwm.types import nearest
+from jaxwm.types import (
+    ALONE,
+    ActionSpace,
+    Agent,
+    CoreConstructor,
+    ObsSpace,
+    Shards,
+    WorldModel,
+    as_dict,
+    nearest,
+)
 
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the world model.
+
+    Args:
+      core: the recurrent core.
+      latent: the stochastic latent.
+      codec: encoder and decoder.
+      units: width of the reward and continue heads (one layer each).
+      bins: bins of the two-hot reward head.
+      horizon: discount horizon in steps; the continue head learns (1 - 1/horizon) * continue.
+      recompute: whether gradients compute encoder and decoder again, some rows at a time, instead
+        of keeping their activations. Images then take much less memory and a little more time.
+    """
+
+    core: BlockGRUConfig = BlockGRUConfig()
+    latent: LatentConfig = LatentConfig()
+    codec: CodecConfig = CodecConfig()
+    units: int = 1024
+    bins: int = 255
+    horizon: int = 333
+    recompute: bool = False
+
+    def __post_init__(self):
+        at_least(self, 1, "units", "horizon")
+        at_least(self, 3, "bins")
+        require(
+            self.core.deter % self.codec.blocks == 0,
+            f"CodecConfig.blocks is {self.codec.blocks}; it must divide the deterministic state "
+            f"of {self.core.deter}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """Weight of each loss in the total; "rec" is that of every observation key."""
+
+    rec: Number = 1.0
+    reward: Number = 1.0
+    cont: Number = 1.0
+    dyn: Number = 1.0
+    rep: Number = 0.1
+    policy: Number = 1.0
+    value: Number = 1.0
+    replay_value: Number = 0.3
+
+    def __post_init__(self):
+        numbers_at_least(self, 0, *(field.name for field in dataclasses.fields(self)))
+
+    def of(self, name: str) -> Number:
+        """The weight of the loss `name`."""
+        return getattr(self, {"continue": "cont"}.get(name, name.split("/")[0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """DreamerV3: world model, behaviour, weights of the losses and optimiser.
+
+    Args:
+      model: the world model.
+      behavior: the imagined actor-critic.
+      weights: weights of the losses.
+      optim: the optimiser.
+      slow_rate: share of the critic that its slow copy takes over after each update.
+      dtype: compute type; "auto" is bfloat16 on accelerators that have it, else float32.
+    """
+
+    model: ModelConfig = ModelConfig()
+    behavior: ActorCriticConfig = ActorCriticConfig()
+    weights: LossWeights = LossWeights()
+    optim: OptimConfig = OptimConfig()
+    slow_rate: float = 0.02
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self):
+        share(self, "slow_rate")
+
+
+def agent(
+    config: Config,
+    obs_space: ObsSpace,
+    action_space: ActionSpace,
+    shards: Shards = ALONE,
+    core: CoreConstructor = block_gru,
+) -> Agent:
+    """The agent for one environment's spaces.
+
+    Args:
+      config: sizes and hyperparameters.
+      obs_space: space of each observation key.
+      action_space: one space, or a space per key.
+      shards: how the shards of the training meet, if it is divided.
+      core: the recurrent memory, as a constructor like `block_gru`.
+
+    Raises:
+      JaxwmError: if the model or the behaviour cannot take the spaces.
+    """
+    dtype = backend.compute_dtype(config.dtype)
+    model = world_model(config.model, obs_space, action_space, dtype, core)
+    features = config.model.core.deter + config.model.latent.stoch * config.model.latent.classes
+    behavior = actor_critic(
+        config.behavior,
+        action_space,
+        model,
+        features,
+        dtype,
+        config.slow_rate,
+        shards.all_gather,
+    )
+    optimizer = laprop(
+        **vars(config.optim),
+        square_sums=lambda tree: shards.sum_parts(square_sums(tree)),
+    )
+    weights = lambda name, updates: value_at(config.weights.of(name), updates)  # noqa: E731
+    return joint(model, behavior, weights, optimizer, shards)
+
+
+def world_model(
+    config: ModelConfig,
+    obs_space: ObsSpace,
+    action_space: ActionSpace,
+    dtype: str = "float32",
+    core: CoreConstructor = block_gru,
+) -> WorldModel:
+    """The world model; arguments as in `agent`.
+
+    Raises:
+      JaxwmError: if images cannot be halved to 3..16 pixels or differ in size, or the decoder's
+        blocks do not divide the channels of their last stage.
+    """
+    style, latent = Style(dtype), categorical(config.latent)
+    deter, units = config.core.deter, config.core.hidden
+    features, bins = deter + latent.size, symexp_bins(config.bins)
+    encoder = encoders.encoder(config.codec, obs_space, dtype)
+    tokens = token_size(encoder, obs_space)
+    decoder = encoders.decoder(config.codec, obs_space, deter, latent.size, dtype)
+    if config.recompute:
+        encoder, decoder = encoders.recomputed(encoder), encoders.recomputed(decoder)
+    alive = 1.0 - 1.0 / config.horizon
+    reward = Head(
+        net=head(features, config.units, 1, config.bins, style, scale=0.0),
+        dist=lambda raw: dists.TwoHot(raw, bins),
+        target=lambda steps: steps.reward,
+    )
+    cont = Head(
+        net=head(features, config.units, 1, 1, style),
+        dist=lambda raw: dists.SoftBernoulli(raw[..., 0]),
+        target=lambda steps: alive * (1.0 - steps.is_terminal),
+    )
+    parts = Parts(
+        encoder=encoder,
+        core=core(config.core, latent.size, concat_size(as_dict(action_space)), dtype),
+        latent=latent,
+        posterior=posterior(deter, tokens, units, latent.outputs, style),
+        prior=head(deter, units, 2, latent.outputs, style, name="logits"),
+        decoder=decoder,
+        observation=encoders.observation_dist,
+        heads={"reward": reward, "continue": cont},
+    )
+    return rssm(parts, obs_space, action_space, dtype)
+
+
+NAME = "dreamer_v3"
 # The one knob of the paper's sizes is the deterministic state; everything else follows.
 DETER = {
     "size1m": 512,
@@ -44,8 +231,8 @@ DETER = {
 VARIANTS = ("head", "paper")
 
 
-def agent(size: str, variant: str = "head") -> AgentConfig:
-    """The agent of one size and variant.
+def sized(size: str, variant: str = "head") -> Config:
+    """The configuration of one size and variant.
 
     Args:
       size: "size1m" to "size400m" as in the paper; "nano", good for two CPU cores; "debug",
@@ -147,8 +334,8 @@ def config(
 
     Args:
       env: name of the environment; None for the preset's.
-      size: see `agent`; None for the preset's, or size200m as in the reference.
-      variant: see `agent`; None for "head".
+      size: see `sized`; None for the preset's, or size200m as in the reference.
+      variant: see `sized`; None for "head".
       preset: one of `PRESETS`; None for the reference's numbers.
 
     Raises:
@@ -159,14 +346,17 @@ def config(
     if preset is None:
         require(env is not None, "Name an environment with --env, or a preset with --preset.")
         size, variant = size or "size200m", variant or "head"
-        return RunConfig(env=str(env), size=size, variant=variant, agent=agent(size, variant))
+        return RunConfig(
+            env=str(env), recipe=NAME, size=size, variant=variant, agent=sized(size, variant)
+        )
     if preset in DOMAINS:
         return _of_domain(DOMAINS[preset], env, size, variant or "head")
     base = RunConfig(
         env=env or "gymnax/CartPole-v1",
+        recipe=NAME,
         size=size or "nano",
         variant=variant or "head",
-        agent=agent(size or "nano", variant or "head"),
+        agent=sized(size or "nano", variant or "head"),
         envs=8,
         steps=16_000,
         # Small batches: two cores make four times the updates of 16 windows, which teaches more.
@@ -202,9 +392,10 @@ def _of_domain(domain: Domain, env: str | None, size: str | None, variant: str) 
     capacity = min(ReplayConfig().capacity, domain.steps)
     return RunConfig(
         env=env or domain.env,
+        recipe=NAME,
         size=size,
         variant=variant,
-        agent=agent(size, variant),
+        agent=sized(size, variant),
         envs=domain.envs,
         steps=domain.steps,
         replay=ReplayConfig(capacity=capacity, train_ratio=domain.train_ratio),
@@ -244,9 +435,9 @@ def _short(config: RunConfig, env: str, steps: int, train_ratio: float) -> RunCo
 
 def _agent(
     deter: int, hidden: int, stoch: int, classes: int, units: int, depth: int, blocks: int = 8
-) -> AgentConfig:
-    return AgentConfig(
-        model=WorldModelConfig(
+) -> Config:
+    return Config(
+        model=ModelConfig(
             core=BlockGRUConfig(deter, hidden, blocks),
             latent=LatentConfig(stoch, classes),
             codec=CodecConfig(units, depth=depth, blocks=blocks),
@@ -256,7 +447,7 @@ def _agent(
     )
 
 
-def _thin(config: AgentConfig, layers: int, bins: int, imagine: int) -> AgentConfig:
+def _thin(config: Config, layers: int, bins: int, imagine: int) -> Config:
     codec = dataclasses.replace(config.model.codec, layers=layers)
     model = dataclasses.replace(config.model, codec=codec, bins=bins)
     behavior = dataclasses.replace(config.behavior, layers=layers, bins=bins, imagine=imagine)
@@ -265,7 +456,7 @@ def _thin(config: AgentConfig, layers: int, bins: int, imagine: int) -> AgentCon
     return dataclasses.replace(config, model=model, behavior=behavior, optim=optim)
 
 
-def _variant(config: AgentConfig, variant: str) -> AgentConfig:
+def _variant(config: Config, variant: str) -> Config:
     paper = variant == "paper"
     codec = dataclasses.replace(
         config.model.codec,
@@ -279,3 +470,6 @@ def _variant(config: AgentConfig, variant: str) -> AgentConfig:
     )
     model = dataclasses.replace(config.model, codec=codec)
     return dataclasses.replace(config, model=model, behavior=behavior)
+
+
+RECIPE = Recipe(NAME, Config, agent, config, PRESETS)

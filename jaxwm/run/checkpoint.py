@@ -39,6 +39,7 @@ from jaxtyping import PyTree
 
 from jaxwm import heap
 from jaxwm.config import differences, few, from_dict, read_json, require, to_dict
+from jaxwm.optim import Schedule
 from jaxwm.recipes import RunConfig
 from jaxwm.run import arrays, log, manifest
 from jaxwm.run.manifest import Damaged
@@ -629,7 +630,35 @@ def _configured(data: Any) -> RunConfig:
         if data.get("on_divergence") == "stop":
             data = {**data, "on_divergence": "abort"}
         data = _filled(data, _LATER)
+        data = _with_schedule(data)
     return from_dict(RunConfig, data)
+
+
+def _with_schedule(data: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with a schedule in place of `anneal_steps`, as it was stored once."""
+    match data:
+        case {"agent": {"optim": {"anneal_steps": int(updates), **optim}, **agent}, **run}:
+            rate = optim.get("learning_rate")
+            if updates and isinstance(rate, int | float):
+                falling = Schedule(rate, 0.1 * rate, updates=_unless_whole_run(updates, run))
+                optim["learning_rate"] = dataclasses.asdict(falling)
+            return {**run, "agent": {**agent, "optim": optim}}
+    return data
+
+
+def _unless_whole_run(updates: int, run: dict[str, Any]) -> int:
+    """0, for the length of the run, if the run has as many updates."""
+    match run:
+        case {
+            "steps": int(steps),
+            "replay": {
+                "train_ratio": int(ratio) | float(ratio),
+                "batch_size": int(size),
+                "batch_length": int(length),
+            },
+        } if size * length:
+            return updates * (updates != int(steps * ratio / (size * length)))
+    return updates
 
 
 def _filled(data: Any, entries: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import pytest
 
 from jaxwm import optim
 from jaxwm.behaviors import ppo
-from jaxwm.models.encoders import CodecConfig, encoder_net, flat_net
+from jaxwm.models.encoders import CodecConfig, encoder, flat_net
 from jaxwm.types import Box, Discrete, JaxwmError, Shards, Step, Window, as_dict, zeros
 
 SPACES = {"vector": Box((3,)), "index": Discrete(4)}
@@ -224,10 +224,10 @@ def test_steps_between_episodes_change_nothing(agent, state, window):
 def test_losses_reach_what_they_train(agent, state, window):
     spaces = SPACES | {"image": Box((16, 16, 3), "uint8", 0, 255)}
     codec = CodecConfig(units=8, layers=1, depth=2, mults=(1, 2), blocks=2)
-    encoder = lambda obs: encoder_net(obs, codec)  # noqa: E731
-    agent = make(obs=spaces, encoder=encoder)
+    shared = functools.partial(encoder, codec)
+    agent = make(obs=spaces, encoder=shared)
     params = start(agent).params
-    networks = ppo.actor_and_critic(SMALL, spaces, ACTIONS, encoder(spaces))
+    networks = ppo.actor_and_critic(SMALL, spaces, ACTIONS, shared(spaces))
     batch = ppo.batch_of(SMALL, acted(agent, params, random_rows(1, obs=spaces)))
 
     def reached(policy: float, value: float, entropy: float) -> set[str]:
