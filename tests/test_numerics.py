@@ -328,28 +328,3 @@ def test_running_statistics_of_a_large_mean_keep_their_variance():
     x = 1e4 + jnp.asarray([[-1.0], [1.0]])
     state = numerics.running_update(numerics.running_init((1,)), x, jnp.ones(2))
     np.testing.assert_allclose(state.variance, [1.0], rtol=1e-4)
-
-
-def test_means_over_shards_keep_the_mirrored_bins_of_heads_equal():
-    rng = np.random.default_rng(0)
-    half = rng.normal(size=(7, 3, 5)).astype(np.float32)
-    x = jnp.concatenate([half, half[..., ::-1]], -1)
-    orders = [rng.permutation(7) for _ in range(10)]
-
-    def in_a_ring(x):  # every column is added up in an order of its own
-        columns = [functools.reduce(jnp.add, x[o, :, i]) for i, o in enumerate(orders)]
-        return jnp.stack(columns, -1)
-
-    shards = Shards(mean=lambda tree: jax.tree.map(in_a_ring, tree))
-    tree = {"reward": {"out": {"kernel": x}, "inner": x}, "policy": {"out": {"kernel": x}}}
-    plain = shards.mean(tree)
-    mean = numerics.keep_mirrored(shards, "reward/out").mean(tree)
-    head = mean["reward"]["out"]["kernel"]
-    np.testing.assert_array_equal(head, head[..., ::-1])
-    np.testing.assert_allclose(head, x.sum(0), rtol=1e-5)
-    assert (plain["reward"]["out"]["kernel"] != plain["reward"]["out"]["kernel"][..., ::-1]).any()
-    np.testing.assert_array_equal(mean["policy"]["out"]["kernel"], plain["policy"]["out"]["kernel"])
-    np.testing.assert_array_equal(mean["reward"]["inner"], plain["reward"]["inner"])
-    # There is nothing to keep where there is one shard, or where devices hold parts.
-    for other in (ALONE, shards._replace(whole=False)):
-        assert numerics.keep_mirrored(other, "reward/out") is other
