@@ -21,6 +21,7 @@ from jaxwm import backend, dists, nets
 from jaxwm.config import at_least, positive, require, share
 from jaxwm.numerics import (
     Percentiles,
+    Scalar,
     percentiles_init,
     percentiles_scale,
     percentiles_update,
@@ -239,7 +240,7 @@ def actor_critic(
     model: WorldModel,
     feature_size: int,
     dtype: str = "float32",
-    slow_rate: float = 0.02,
+    slow_rate: Scalar = 0.02,
     all_gather: Callable[[Array], Array] = lambda returns: returns,
 ) -> Behavior:
     """The behaviour as pure functions; see `types.Behavior`.
