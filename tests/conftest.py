@@ -60,9 +60,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--parity-dir",
         type=pathlib.Path,
-        default=_ROOT / "tests" / "data",
+        default=_ROOT / "tests" / "data" / "parity",
         metavar="DIR",
-        help="folder of the arrays recorded from reference implementations (default: tests/data)",
+        help="folder of arrays recorded from the original implementations "
+        "(default: tests/data/parity)",
     )
 
 

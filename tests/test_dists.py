@@ -292,3 +292,21 @@ def test_vmap_equals_the_batch():
     # A distribution may itself be mapped over.
     entropies = jax.vmap(lambda d: d.entropy())(dists.OneHot(LOGITS, 0.01))
     np.testing.assert_allclose(entropies, dists.OneHot(LOGITS, 0.01).entropy(), rtol=1e-6)
+
+
+def test_normal_worked_by_hand():
+    dist = dists.Normal(jnp.asarray([[1.0, -1.0]]), jnp.asarray([[2.0, 0.5]]))
+    # Deviations of 1 and of 2: -(1 + 4) / 2 - log(2 * 0.5) - log(2 pi).
+    got = dist.log_prob(jnp.asarray([[3.0, 0.0]]))
+    np.testing.assert_allclose(got, -2.5 - np.log(2 * np.pi), rtol=1e-6)
+    np.testing.assert_allclose(dist.entropy(), np.log(2 * np.pi) + 1, rtol=1e-6)
+    np.testing.assert_allclose(dist.sample_noise(jnp.asarray([[1.0, -2.0]])), [[3, -2]], rtol=1e-6)
+    np.testing.assert_array_equal(dist.mode(), [[1, -1]])
+
+
+def test_normal_equals_distrax():
+    theirs = distrax.MultivariateNormalDiag(RAW, jnp.exp(RAW))
+    ours = dists.Normal(RAW, jnp.exp(RAW))
+    value = jnp.asarray([[0.3, -1.2]] * 5)
+    np.testing.assert_allclose(ours.log_prob(value), theirs.log_prob(value), rtol=1e-5)
+    np.testing.assert_allclose(ours.entropy(), theirs.entropy(), rtol=1e-5)

@@ -11,6 +11,8 @@ from jaxwm.models.encoders import (
     Encoder,
     concat_entries,
     concat_size,
+    encoder_net,
+    flat_net,
     image_stages,
     observation_dist,
     reconstruction_loss,
@@ -164,3 +166,29 @@ def test_pixels_are_centred_and_numbers_squashed():
     middle = jnp.full((1, 16, 16, 3), 255 / 2)
     params = image.init(jax.random.key(0), {"i": middle})
     np.testing.assert_allclose(image.apply(params, {"i": middle}), 0.0, atol=1e-6)
+
+
+def test_flat_observations_have_no_parameters():
+    spaces = {
+        "place": Box((2,)),
+        "image": Box((1, 2, 1), "uint8", 0, 255),
+        "index": Discrete(3),
+    }
+    net = flat_net(spaces)
+    assert net.init(jax.random.key(0)) == {}
+    obs = {
+        "place": jnp.asarray([[5.0, -7.0]]),
+        "image": jnp.asarray([[[[255], [51]]]], jnp.uint8),
+        "index": jnp.asarray([1]),
+    }
+    # Keys in their order: image in 0 to 1, index one-hot, place as it is.
+    np.testing.assert_allclose(net.apply({}, obs), [[1, 0.2, 0, 1, 0, 5, -7]], rtol=1e-6)
+
+
+def test_the_encoder_as_two_functions():
+    spaces = {"place": Box((2,))}
+    config = CodecConfig(units=4, layers=1)
+    net, module = encoder_net(spaces, config), Encoder(spaces, config)
+    params = net.init(jax.random.key(0))
+    obs = {"place": jnp.asarray([[1.0, 2.0], [3.0, 4.0]])}
+    np.testing.assert_array_equal(net.apply(params, obs), module.apply({"params": params}, obs))

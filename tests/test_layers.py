@@ -23,7 +23,7 @@ FLOORS = [
         "convolutions",
         "heap",
     },
-    {"returns", "dists", "nets", "optim", "replay"},
+    {"returns", "dists", "nets", "nets_before", "optim", "replay"},
     {"envs", "models", "behaviors"},
     {"agent"},
     {"recipes"},

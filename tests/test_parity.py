@@ -1,8 +1,9 @@
 """Agreement with arrays recorded from the reference implementation, gradients included.
 
 `pytest tests/test_parity.py --parity-dir DIR` runs the same checks on any other arrays of the
-layout of tests/data: other sizes, keys, numbers of actions, images and vectors mixed. Files are
-told apart by what they hold, not by name.
+layout of tests/data/parity: other sizes, keys, numbers of actions, images and vectors mixed. Files
+are told apart by what they hold, not by name. DIR itself holds arrays of DreamerV3, its folders
+those of other systems (`parity.systems`); a folder of another name is skipped.
 """
 
 import functools
@@ -16,6 +17,8 @@ import pytest
 
 from jaxwm.replay.device import close_abandoned
 from jaxwm.types import Step
+from tests.parity import systems
+from tests.parity.common import run
 
 pytestmark = pytest.mark.no_cover
 
@@ -64,6 +67,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             else:
                 found = files(folder, marker)
             metafunc.parametrize(name, found, ids=[path.stem for path in found], scope="session")
+    if "check" in metafunc.fixturenames:
+        found = systems.applicable(folder)
+        ids = [f"{name}/{path.stem}-{check.topic}" for name, path, check in found]
+        metafunc.parametrize(("path", "check"), [case[1:] for case in found], ids=ids)
+    if "system" in metafunc.fixturenames:
+        found = [(name, x) for name in systems.FOLDERS for x in systems.files(folder / name)]
+        ids = [f"{name}/{path.stem}" for name, path in found]
+        metafunc.parametrize(("system", "path"), found, ids=ids)
+
+
+def test_system_agrees(path, check):
+    run(path, check)
+
+
+def test_every_array_of_a_system_is_compared(system, path):
+    assert not systems.forgotten(system, path)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ Each cell below is written as in its paper's code.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -22,30 +22,7 @@ import jax.numpy as jnp
 from jaxwm import backend, nets
 from jaxwm.config import at_least
 from jaxwm.nets import Act
-from jaxwm.types import Array, Bool, Float, Key, Params
-
-
-class Core(NamedTuple):
-    """A recurrent memory as pure functions. A carry is a pytree with leading batch axes.
-
-    Attributes:
-      init: `key -> params`.
-      initial: `batch -> carry` at the start of an episode.
-      embed: `params, action (..., A) -> (..., E)`, the share of the input that depends on actions
-        alone. Callers compute it for all steps at once, outside of their scans.
-      step: `params, carry (B), stoch (B, S), embedded (B, E), is_first (B) -> carry`. `is_first`
-        resets the carry; the caller sets `stoch` and the action to zero there.
-      deter: `carry (...) -> (..., D)`, what the rest of the model reads.
-      sequence: `params, carry (B), stoch (T, B, S), embedded (T, B, E), is_first (T, B) -> carry
-        (B), deter (T, B, D), carries (T, B) | None`.
-    """
-
-    init: Callable[[Key], Params]
-    initial: Callable[[int], Any]
-    embed: Callable[[Params, Array], Array]
-    step: Callable[[Params, Any, Array, Array, Array], Any]
-    deter: Callable[[Any], Array]
-    sequence: Callable[[Params, Any, Array, Array, Array], tuple[Any, Array, Any]]
+from jaxwm.types import Array, Bool, Core, Float, Key, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +102,10 @@ class PlanetGRU(nn.Module):
     def __call__(self, x: Float[Array, "B hidden"], h: Float[Array, "B D"]) -> Float[Array, "B D"]:
         linear = functools.partial(nets.Linear, dtype=self.dtype, kernel_init="glorot")
         size = self.hidden + self.deter
-        gates = linear(size, 2 * self.deter, bias_init=1.0, name="gates")(
-            jnp.concatenate([x, h], -1)
-        )
-        r, u = jnp.split(jax.nn.sigmoid(gates), 2, -1)
-        c = linear(size, self.deter, name="candidate")(jnp.concatenate([x, r * h], -1))
+        gates = linear(size, 2 * self.deter, bias_init=1.0, name="gates")
+        candidate = linear(size, self.deter, name="candidate")
+        r, u = jnp.split(jax.nn.sigmoid(gates(jnp.concatenate([x, h], -1))), 2, -1)
+        c = candidate(jnp.concatenate([x, r * h], -1))
         return u * h + (1 - u) * jnp.tanh(c)
 
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from jaxwm import nets
 from jaxwm.config import at_least
-from jaxwm.models.recurrent import Core, reset
-from jaxwm.types import Array, Bool, Float, Key, Params
+from jaxwm.models.recurrent import reset
+from jaxwm.types import Array, Bool, Core, Float, Key, Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,14 +73,13 @@ def build(
     check_fits(here * layout.sharing, place=config.replay.place)
     setup = Setup(
         config=config,
-        env=env,
         agents=functools.partial(agents, config, env),
         memory=memory,
         rhythm=config.replay.rhythm(config.envs, memory.warmup),
         iterations=iterations or max(1, config.log_every // config.envs),
         layout=layout,
     )
-    return on_host(setup) if isinstance(env, HostEnv) else on_device(setup)
+    return on_host(setup, env) if isinstance(env, HostEnv) else on_device(setup, env)
 
 
 def _check(config: RunConfig, env: Env | HostEnv) -> None:
@@ -121,7 +120,8 @@ def make_replay(config: RunConfig, env: Env | HostEnv, agent: Agent) -> Replay:
         row, params = empty_row(env, config.envs), agent.init(key_init).params
         return row, agent.act(params, agent.initial(config.envs), row, key_act)[2]
 
-    return replay(config.replay, *jax.eval_shape(one_row), agent.data)
+    row, memo = jax.eval_shape(one_row)
+    return replay(config.replay, row, memo, agent.data)
 
 
 def agents(config: RunConfig, env: Env | HostEnv, shards: Shards = ALONE) -> AgentOf:

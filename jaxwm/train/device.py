@@ -32,7 +32,7 @@ from jaxwm.train.state import (
     members_of,
     metrics_of,
 )
-from jaxwm.types import ALONE, Agent, Array, Env, Key, Metrics, Shards, Step, zeros
+from jaxwm.types import ALONE, Array, Env, Key, Metrics, Shards, Step, zeros
 
 # The axes that each part of a state leads with: experience differs from shard to shard.
 _OWN = ("env", "row", "carry", "buffer", "episodes")
@@ -42,10 +42,10 @@ LEADS: Any = TrainState._make(
 )
 
 
-def on_device(setup: Setup) -> Program:
-    """The program of a run whose environments are on the device."""
+def on_device(setup: Setup, single: Env) -> Program:
+    """The program of a run whose environments are on the device; `single` is one of them."""
     config, layout, memory = mesh.shard_config(setup.config), setup.layout, setup.memory
-    env = wrappers.guard(wrappers.batch(setup.env, config.envs))
+    env = wrappers.guard(wrappers.batch(single, config.envs))
     agent_of = setup.agents(ALONE)
     whole = None
     if layout.shard_params:
@@ -130,9 +130,7 @@ def _chunk(
     return chunk
 
 
-def collect(
-    state: TrainState, act: Callable[..., Any], env: Env, memory: Replay
-) -> TrainState:
+def collect(state: TrainState, act: Callable[..., Any], env: Env, memory: Replay) -> TrainState:
     """Acts on the present rows, stores them with their memos, steps the environments.
 
     Args:

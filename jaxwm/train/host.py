@@ -30,7 +30,6 @@ from jaxwm.train.program import NUMBER, Chunk, Program, Setup, temporary_bytes
 from jaxwm.train.state import (
     AXES,
     AgentOf,
-    Episodes,
     HostState,
     TrainState,
     begin_line,
@@ -40,13 +39,13 @@ from jaxwm.train.state import (
     members_of,
     metrics_of,
 )
-from jaxwm.train.stores import STORES, Store, without_acting
+from jaxwm.train.stores import STORES, without_acting
 from jaxwm.types import ALONE, Action, Array, HostEnv, Key, Params, PyTree, Step
 
 
-def on_host(setup: Setup) -> Program:
+def on_host(setup: Setup, env: HostEnv) -> Program:
     """The program of a run with simulators on the host."""
-    config, env, memory = setup.config, setup.env, setup.memory
+    config, memory = setup.config, setup.memory
     agent_of = setup.agents(ALONE)
     store = STORES[config.replay.place](config, agent_of, memory, setup.rhythm)
     act = jax.jit(_actor(config, env, agent_of, setup.rhythm))
@@ -136,7 +135,7 @@ def _chunk(
         simulators, begun = opened[0], time.perf_counter()
         simulators.waited = 0.0
         state = begin_line(state, fresh, np)
-        row, carry, episodes = state.row, state.carry, jax.device_get(state.episodes)
+        now, episodes = (state.row, state.carry), jax.device_get(state.episodes)
         first = int(state.clock.iteration)
         with learner_of(state) as learner:
 
@@ -144,18 +143,16 @@ def _chunk(
                 iteration = np.int32(first + number)
                 return act(learner.acting, carry, row, state.key, iteration, values)
 
-            rows = rows_after(
-                act_now, simulators.send, simulators.receive, row, carry, learner.take
-            )
+            rows = rows_after(act_now, simulators.send, simulators.receive, *now, learner.take)
             with contextlib.suppress(TooManyFaults):  # `Program.fault` reports them
-                for row, carry in itertools.islice(rows, int(count)):
-                    episodes = count_episodes(episodes, row, np)
+                for now in itertools.islice(rows, int(count)):
+                    episodes = count_episodes(episodes, now[0], np)
         state = learner.state(state)
         account, health, ended = jax.device_get((state.account, state.health, episodes))
         metrics = metrics_of(account, health, ended, np)
         metrics |= simulators.metrics(time.perf_counter() - begun)
-        episodes = Episodes(*map(np.float32, episodes))
-        return state._replace(row=row, carry=carry, episodes=episodes), metrics
+        episodes = jax.tree.map(np.float32, episodes)
+        return state._replace(row=now[0], carry=now[1], episodes=episodes), metrics
 
     return chunk
 
@@ -276,7 +273,5 @@ class Learner:
         self._rest = self._rest._replace(buffer=buffer, clock=clock)
 
     def _improve(self, due: int) -> Params:
-        self._params, self._rest = self._learn(
-            self._params, self._key, self._rest, np.int32(due)
-        )
+        self._params, self._rest = self._learn(self._params, self._key, self._rest, np.int32(due))
         return jax.block_until_ready(self._params)

@@ -8,9 +8,9 @@ ended episodes.
 
 The devices form a mesh with the axes "members" and "data". Each device holds some of the members,
 and some of the shards of those. `jax.vmap` maps a device's members and shards, `jax.shard_map` the
-devices; so shards meet over two axes, "shards" within a device and "data" across them. The number of
-devices decides only where things lie. The results are equal up to float rounding until rounding flips
-a sampled class; from there the runs diverge.
+devices; so shards meet over two axes, "shards" within a device and "data" across them. The number
+of devices decides only where things lie. The results are equal up to float rounding until rounding
+flips a sampled class; from there the runs diverge.
 
 A `PartitionSpec` of "shards" and "members" says which axes an array leads with. A layout drops the
 axes of which it has only one.
@@ -176,9 +176,12 @@ def _in_parts(shards: Shards, whole: AgentState, here: tuple[str, ...], count: i
         size = x.shape[axis] // count
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(DATA) * size, size, axis)
 
-    def gather(x: Any, like: Any) -> Any:
-        axis = _cut(like.shape, count)
-        return x if axis is None else jax.lax.all_gather(x, DATA, axis=axis, tiled=True)
+    def gather(tree: Any, whole: Any) -> Any:
+        def one(x: Any, shape: tuple[int, ...]) -> Any:
+            axis = _cut(shape, count)
+            return x if axis is None else jax.lax.all_gather(x, DATA, axis=axis, tiled=True)
+
+        return jax.tree.map(one, tree, shapes_in(tree, whole, count))
 
     def mean(x: Any) -> Any:
         x, axis = jax.lax.pmean(x, here), _cut(x.shape, count)
@@ -186,17 +189,66 @@ def _in_parts(shards: Shards, whole: AgentState, here: tuple[str, ...], count: i
             return jax.lax.pmean(x, DATA)
         return jax.lax.psum_scatter(x, DATA, scatter_dimension=axis, tiled=True) / count
 
-    def total(number: Any, like: Any) -> Any:
-        return number if _cut(like.shape, count) is None else jax.lax.psum(number, DATA)
+    def sum_parts(numbers: Any) -> Any:
+        def one(x: Any, shape: tuple[int, ...]) -> Any:
+            return x if _cut(shape, count) is None else jax.lax.psum(x, DATA)
+
+        return jax.tree.map(one, numbers, shapes_in(numbers, whole.params))
 
     return shards._replace(
         mean=lambda tree: jax.tree.map(mean, tree),
         slice=lambda state: jax.tree.map(own_slice, state),
-        gather_params=lambda tree: jax.tree.map(gather, tree, whole.params),
-        gather_rest=lambda tree: jax.tree.map(gather, tree, whole.rest),
-        sum_parts=lambda numbers: jax.tree.map(total, numbers, whole.params),
+        gather_params=lambda tree: gather(tree, whole.params),
+        gather_rest=lambda tree: gather(tree, whole.rest),
+        sum_parts=sum_parts,
         whole=False,
     )
+
+
+def shapes_in(tree: Any, whole: Any, count: int | None = None) -> Any:
+    """The whole shape of each leaf in a part of a tree, as a tree like `tree`.
+
+    Agents pass subtrees, and optimisers for groups of parameters pass flat dicts by path, so paths
+    say which leaf is which.
+
+    Args:
+      tree: a subtree of `whole`, or a dict of some of its leaves by path.
+      whole: the tree, with whole shapes.
+      count: if given, the number of devices of which `tree` holds one's part of each leaf.
+
+    Raises:
+      JaxwmError: if `tree` has no place in `whole`, or several with different shapes.
+    """
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    known = {name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(whole)}
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    if not leaves:
+        return tree
+    names = [name(path) for path, _ in leaves]
+
+    def fits(x: Any, shape: tuple[int, ...] | None) -> bool:
+        return shape is not None and (count is None or x.shape == _part(shape, count))
+
+    places: set[tuple[Any, ...]] = set()
+    for end in known:
+        if f"/{end}".endswith(f"/{names[0]}" if names[0] else ""):
+            prefix = end.removesuffix(names[0]) if names[0] else f"{end}/"
+            found = tuple(known.get((prefix + x).removesuffix("/")) for x in names)
+            if all(fits(x, shape) for (_, x), shape in zip(leaves, found, strict=True)):
+                places.add(found)
+    require(
+        len(places) == 1,
+        f"Devices hold parts of what the agent learns, and {len(places)} places in it fit the "
+        f"leaves {', '.join(names[:3])} of a tree. Pass subtrees of AgentState.params and "
+        "AgentState.rest.",
+    )
+    return jax.tree.unflatten(structure, list(places.pop()))
+
+
+def _part(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The shape of one device's part of a tensor."""
+    axis = _cut(shape, count)
+    return tuple(size // count if i == axis else size for i, size in enumerate(shape))
 
 
 def learned(layout: Layout, whole: AgentState) -> AgentState:

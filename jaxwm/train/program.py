@@ -43,7 +43,6 @@ class Setup(NamedTuple):
 
     Attributes:
       config: the run.
-      env: the single environment.
       agents: `shards -> values -> Agent`.
       memory: the replay of one shard.
       rhythm: when the run acts at random and when it learns.
@@ -52,7 +51,6 @@ class Setup(NamedTuple):
     """
 
     config: RunConfig
-    env: Env | HostEnv
     agents: Callable[[Shards], AgentOf]
     memory: Replay
     rhythm: Rhythm

@@ -51,9 +51,7 @@ def without_acting(state: TrainState) -> TrainState:
     return state._replace(key=(), agent=agent, env=(), row=(), carry=(), episodes=())
 
 
-def on_device(
-    config: RunConfig, agent_of: AgentOf, memory: Replay, rhythm: Rhythm
-) -> Store:
+def on_device(config: RunConfig, agent_of: AgentOf, memory: Replay, rhythm: Rhythm) -> Store:
     """A replay in the device's memory: all updates of a round are one program."""
 
     def several(
@@ -92,7 +90,7 @@ class _Changed(NamedTuple):
 
 
 def on_host(config: RunConfig, agent_of: AgentOf, memory: Replay, rhythm: Rhythm) -> Store:
-    """A replay in the host's memory: each update is a program, which gets a batch and returns memos.
+    """A replay in the host's memory: each update is a program from a batch to fresh memos.
 
     Which windows the updates of a round take depends on counters and keys alone, so one program
     chooses for all of them before the first: the host gathers the rows of the next batch while the

@@ -95,15 +95,7 @@ class Recorded(Mapping[str, np.ndarray]):
           prefix: for example "params/".
           path_of: turns the rest of a recorded name into a path in our tree.
         """
-        tree: dict[str, Any] = {}
-        for name, value in self.flat(prefix).items():
-            *path, leaf = path_of(name).split("/")
-            node = tree
-            for part in path:
-                node = node.setdefault(part, {})
-            assert leaf not in node, f"two arrays under {prefix} have the path of {name}"
-            node[leaf] = jnp.asarray(value)
-        return tree
+        return nested(self.flat(prefix), path_of)
 
     def compare(self, name: str, ours: Any, tolerance: float | None = None) -> None:
         """Notes an error if `ours` differs from the recorded array `name`.
@@ -129,6 +121,12 @@ class Recorded(Mapping[str, np.ndarray]):
             if not error <= allowed:  # NaN is wrong too
                 self.wrong.append(f"{name}: {error:.1e}, allowed {allowed:.0e}")
 
+    def at_most(self, name: str, ours: float, limit: float) -> None:
+        """Notes an error if a number that should be small is not, recorded or ours."""
+        self.compared.add(name)
+        if not max(float(self._arrays[name]), float(ours)) <= limit:
+            self.wrong.append(f"{name}: {float(ours):.1e}, allowed {limit:.0e}")
+
     def compare_tree(
         self,
         prefix: str,
@@ -139,6 +137,24 @@ class Recorded(Mapping[str, np.ndarray]):
         """Compares every array under a prefix with the leaf of our tree in its place."""
         for name in [name for name in self._arrays if name.startswith(prefix)]:
             self.compare(name, pick(ours, path_of(name.removeprefix(prefix))), tolerance)
+
+
+def nested(flat: Mapping[str, Any], path_of: Callable[[str], str] = str) -> dict[str, Any]:
+    """Nested dicts from arrays by recorded name. Differentiable: gradients have recorded names too.
+
+    Args:
+      flat: arrays by name.
+      path_of: turns a name into a path in our tree, with slashes.
+    """
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, leaf = path_of(name).split("/")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        assert leaf not in node, f"two recorded arrays have the path of {name}"
+        node[leaf] = jnp.asarray(value)
+    return tree
 
 
 def relative_error(have: np.ndarray, want: np.ndarray) -> float:
@@ -183,6 +199,11 @@ def renamed(rules: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
 def _load(path: Path) -> dict[str, np.ndarray]:
     with np.load(path) as file:
         return dict(file)
+
+
+def names(path: Path) -> list[str]:
+    """The names of the arrays of a file."""
+    return list(_load(path))
 
 
 @functools.cache
