@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxwm import heap
 from jaxwm.recipes import RECIPES
 from jaxwm.run import lock
 from jaxwm.run.stop import at_once
@@ -139,8 +138,6 @@ def _dispatch(argv: list[str], whole: bool) -> int:
         return 0
     if name not in _COMMANDS:
         raise UsageError(_unknown(name, _COMMANDS, "command"))
-    if whole and name in ("train", "resume"):
-        heap.ask_for_large_pages()
     _keep_compiled_programs()
     # XLA's warnings: one for each array that is larger than a piece of temporary memory.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
