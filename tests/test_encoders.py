@@ -11,7 +11,7 @@ from jaxwm.models.encoders import (
     Encoder,
     concat_entries,
     concat_size,
-    encoder_net,
+    encoder,
     flat_net,
     image_stages,
     observation_dist,
@@ -188,7 +188,7 @@ def test_flat_observations_have_no_parameters():
 def test_the_encoder_as_two_functions():
     spaces = {"place": Box((2,))}
     config = CodecConfig(units=4, layers=1)
-    net, module = encoder_net(spaces, config), Encoder(spaces, config)
+    net, module = encoder(config, spaces), Encoder(spaces, config)
     params = net.init(jax.random.key(0))
     obs = {"place": jnp.asarray([[1.0, 2.0], [3.0, 4.0]])}
     np.testing.assert_array_equal(net.apply(params, obs), module.apply({"params": params}, obs))
