@@ -15,7 +15,6 @@ FLOORS = [
         "spaces",
         "types",
         "numerics",
-        "threefry",
         "config",
         "backend",
         "compiler",
