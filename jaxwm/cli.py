@@ -163,7 +163,9 @@ def _train(words: list[str]) -> None:
     _add_processes(parser)
     if not words or words[0] in ("-h", "--help"):
         recipes = "".join(f"  {name}\n" for name in RECIPES)
-        print(f"{_TRAIN_HELP}\nrecipes:\n{recipes}", end="", file=sys.stdout if words else sys.stderr)
+        print(
+            f"{_TRAIN_HELP}\nrecipes:\n{recipes}", end="", file=sys.stdout if words else sys.stderr
+        )
         raise SystemExit(0 if words else 2)
     recipe, *words = words
     if recipe not in RECIPES:

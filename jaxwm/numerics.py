@@ -165,20 +165,6 @@ def logsumexp(logits: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
     return jnp.log(jnp.sum(jnp.exp(logits - peak), -1)) + peak[..., 0]
 
 
-@jax.custom_vjp
-def recall_logsumexp(
-    known: Float[Array, "*batch"], logits: Float[Array, "*batch n"]
-) -> Float[Array, "*batch"]:
-    """`known`, which is `logsumexp(logits)` from before, with the gradient of computing it."""
-    return known
-
-
-recall_logsumexp.defvjp(
-    lambda known, logits: (known, (known, logits)),
-    lambda saved, grad: (None, grad[..., None] * jnp.exp(saved[1] - saved[0][..., None])),
-)
-
-
 def _peak(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
     """The largest number of the last axis, as a constant."""
     x = jax.lax.stop_gradient(x)

@@ -167,17 +167,6 @@ def test_twohot_dot_is_the_sum_and_has_its_gradient():
     assert np.isnan(numerics.twohot_dot(logits[0], jnp.asarray(np.nan), bins))
 
 
-def test_a_recalled_logsumexp_has_the_gradient_of_computing_it():
-    rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.standard_normal((4, 9)) * 5, jnp.float32)
-    known = numerics.logsumexp(logits)
-    recalled = lambda x: jnp.sum(jnp.sin(numerics.recall_logsumexp(known, x)))  # noqa: E731
-    computed = lambda x: jnp.sum(jnp.sin(numerics.logsumexp(x)))  # noqa: E731
-    have, want = (jax.value_and_grad(f)(logits) for f in (recalled, computed))
-    np.testing.assert_allclose(have[0], want[0])
-    np.testing.assert_allclose(have[1], want[1], rtol=1e-5, atol=1e-7)
-
-
 def test_twohot_passes_no_gradient_and_no_nan():
     bins = numerics.symexp_bins(64)
     slope = jax.grad(lambda x: jnp.sum(numerics.twohot(x, bins)[..., 40]))

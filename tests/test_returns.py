@@ -131,6 +131,7 @@ def test_replay_return_does_not_look_into_the_next_episode():
     np.testing.assert_array_equal(by_bootstrap[4:], 0.0)
     assert by_bootstrap[3] > 0
 
+
 ADVANTAGE = jax.jit(
     returns.generalized_advantage, static_argnames=("discount", "lambda_", "truncation")
 )

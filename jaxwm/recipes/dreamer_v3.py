@@ -29,7 +29,7 @@ from jaxwm.models.gru import BlockGRUConfig, block_gru
 from jaxwm.models.heads import Style, head, posterior
 from jaxwm.models.latents import LatentConfig, categorical
 from jaxwm.models.rssm import Head, Parts, rssm
-from jaxwm.numerics import symexp_bins
+from jaxwm.numerics import keep_mirrored, symexp_bins
 from jaxwm.optim import (
     Number,
     OptimConfig,
@@ -153,6 +153,7 @@ def agent(
       JaxwmError: if the model or the behaviour cannot take the spaces.
     """
     dtype = backend.compute_dtype(config.dtype)
+    shards = keep_mirrored(shards, "model/reward/out", "behavior/value/out")
     model = world_model(config.model, obs_space, action_space, dtype, core)
     features = config.model.core.deter + config.model.latent.stoch * config.model.latent.classes
     behavior = actor_critic(
@@ -169,6 +170,8 @@ def agent(
         square_sums=lambda tree: shards.sum_parts(square_sums(tree)),
     )
     weights = lambda name, updates: value_at(config.weights.of(name), updates)  # noqa: E731
+    # The heads of two-hot bins: pairs of bins that differ in the last bit would move their mean.
+    shards = keep_mirrored(shards, "model/reward/out", "behavior/value/out")
     return joint(model, behavior, weights, optimizer, shards)
 
 

@@ -47,7 +47,7 @@ def test_random_actions_have_the_form_of_their_space(space):
     }
 
 
-def counter(space=Discrete(100)):
+def counter():
     """An agent whose action is 50 plus the rows it has seen, and whose memo is their number."""
 
     def step(params, carry, row, key, mode="explore"):
@@ -69,10 +69,10 @@ def test_the_first_iterations_act_at_random_but_remember_as_the_agent_does():
     explore = jax.jit(explorer(agent, Discrete(10), random=3))
     carry, key = agent.initial(4), jax.random.key(2)
     for iteration in range(5):
-        number = jax.random.fold_in(key, iteration)
-        carry, action, memo = explore(7, carry, row(4), number, iteration)
+        one, same = (jax.random.fold_in(key, iteration) for _ in range(2))
+        carry, action, memo = explore(7, carry, row(4), one, jnp.int32(iteration))
         assert (carry == iteration + 1).all() and (memo["seen"] == iteration).all()
-        drawn = random_action(Discrete(10), jax.random.split(number)[1], (4,))
+        drawn = random_action(Discrete(10), jax.random.split(same)[1], (4,))
         wanted = drawn if iteration < 3 else np.full(4, 57 + iteration)
         np.testing.assert_array_equal(action, wanted)
 
@@ -83,7 +83,7 @@ def test_without_random_actions_nothing_of_them_is_traced(monkeypatch):
     explore = explorer(agent, Discrete(10))
     jaxprs = [
         jax.make_jaxpr(lambda *x, f=f: f(7, *x))(agent.initial(4), row(4), key)
-        for f in (agent.act, lambda *x: explore(*x, 0))
+        for f in (agent.act, lambda *x: explore(*x, jnp.int32(0)))
     ]
     assert str(jaxprs[0]) == str(jaxprs[1])
 
@@ -107,16 +107,18 @@ def test_a_step_acts_on_the_present_rows_and_keeps_their_memo():
 
 def test_rows_of_simulators_follow_their_actions():
     told, sent = [], []
-    given = iter("bcd")
+    a, *others = (row(2)._replace(reward=x) for x in (0.0, 1.0, 2.0, 3.0))
+    given = iter(others)
 
     def acts(carry, row, time):
-        return carry + 1, np.int32(10 * time), f"memo {row} {carry}"
+        return carry + 1, np.int32(10 * time), (row.reward, carry)
 
     rows = rows_after(
-        acts, lambda x: sent.append(int(x)), lambda: next(given), "a", 5,
-        lambda row, memo: told.append((row, memo, len(sent))),
+        acts, lambda x: sent.append(int(x)), lambda: next(given), a, 5,
+        lambda row, memo: told.append((row.reward, memo, len(sent))),
     )  # fmt: skip
-    assert list(itertools.islice(rows, 3)) == [("b", 6), ("c", 7), ("d", 8)]
-    # The row is told of with its memo once its actions are under way.
+    found = [(row.reward, carry) for row, carry in itertools.islice(rows, 3)]
+    assert found == [(1.0, 6), (2.0, 7), (3.0, 8)]
+    # `meanwhile` gets each row with its memo once the actions are under way.
     assert sent == [0, 10, 20]
-    assert told == [("a", "memo a 5", 1), ("b", "memo b 6", 2), ("c", "memo c 7", 3)]
+    assert told == [(0.0, (0.0, 5), 1), (1.0, (1.0, 6), 2), (2.0, (2.0, 7), 3)]
