@@ -43,7 +43,7 @@ def count(recorded: Recorded, pattern: str) -> int:
 
 
 def sorted_rows(kernel: Any, space: Mapping[str, Space]) -> Any:
-    """A kernel that reads vectors in the order of the file, with rows in the order of sorted keys."""
+    """A kernel that reads vectors in the order of the file, with its rows sorted by key."""
     vectors = {key: math.prod(part.shape) for key, part in space.items() if not is_image(part)}
     ends = np.cumsum(list(vectors.values()))
     rows = dict(zip(vectors, np.split(np.arange(ends[-1]), ends[:-1]), strict=True))
