@@ -351,9 +351,11 @@ class Shards(NamedTuple):
       all_gather: `array -> array`, those of all shards, with further leading axes.
       slice: `tree -> tree`, the part of what was learned that a device holds.
       gather_params: `parameters -> parameters`, whole, from the parts of all devices.
-      gather_rest: the same for the behaviour's state.
+      gather_rest: the same for `AgentState.rest`. Take what you need of its result: the compiler
+        drops the rest.
       sum_parts: `numbers -> numbers`, one for each tensor of the parameters: from sums over a
         device's part to sums over the whole tensor.
+      whole: whether devices hold whole tensors of what they learn.
     """
 
     own: Callable[[Key], Key] = _same
@@ -364,6 +366,7 @@ class Shards(NamedTuple):
     gather_params: Callable[[Params], Params] = _same
     gather_rest: Callable[[Any], Any] = _same
     sum_parts: Callable[[Params], Params] = _same
+    whole: bool = True
 
 
 ALONE = Shards()

@@ -1,109 +1,49 @@
-"""Replay: a ring of rows per environment, written and sampled inside the program.
+"""Replay: a ring of rows per environment, written and read inside the program.
 
-Every array is (environment, capacity, ...): the environment axis can be sharded, and adding a
-row for all environments is one slice update. Windows are T + 1 consecutive rows of one
-environment and may cross episode ends; row 0 is context only: its stored latent is the carry
-from which rows 1..T are trained. Fresh latents are written back after training.
+Every array is (environment, capacity, ...), so the environment axis can be sharded, and one slice
+update adds a row of all environments. Beside each row lies a memo: whatever the agent returned when
+it acted on that row. The replay never looks inside.
 
-New windows are trained on once before any other: each environment's rows are cut into
-consecutive windows, which wait in a queue; the rest of a batch is uniform. The queue needs no
-storage, because all environments advance together: its content is a function of counters.
-With `context_every` k only the latent of every k-th row is stored, and windows begin there.
+Agents that learn from "windows" get T + 1 consecutive rows of one environment, which may cross the
+ends of episodes. Row 0 is context: its memo says where the agent was. Rows 1..T are trained, and
+the agent's fresh memos of them replace the stored ones. The replay first gives every new window
+once: it cuts each environment's rows into consecutive windows, which wait in a queue, and fills the
+rest of a batch with uniform ones. The queue needs no storage, because all environments advance
+together: its content follows from counters. With `context_every` k the replay keeps the memo of
+every k-th row, and windows begin at these rows.
 Source: DreamerV3 (arXiv:2301.04104) and its public code.
 
-The rings lie on the device. `replay_host` keeps the same rings in numpy, in the host's memory;
-which windows are sampled (`Replay.choose`, `places`) and what is kept of a latent (`pack`) is said
-here for both.
+Agents that learn from the "newest" rows get the last T + 1 rows of every environment in order, with
+all their memos.
+
+The rings lie on the device. `replay.host` keeps the same rings in numpy, in the host's memory, and
+uses `choose` and `places` of this module.
 """
 
-import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxwm.config import positive, require
-from jaxwm.types import Array, Bool, Int, JaxwmError, Key, Latent, Step
-
-
-@dataclasses.dataclass(frozen=True)
-class ReplayConfig:
-    """Size and use of the replay.
-
-    Args:
-      capacity: rows kept in all, over all environments.
-      batch_size: windows B per update.
-      batch_length: trained rows T per window.
-      train_ratio: rows trained on per environment step, as a fraction with a denominator of at most
-        1000; updates per environment step are then train_ratio / (B * T), kept exactly over a run.
-        0 collects and never learns.
-      online: whether every new window is trained on once before the uniform ones.
-      context_every: rows from one whose latent is stored to the next; windows begin at these. As
-        in the reference 1; a larger divisor of `batch_length` saves memory.
-      place: where the rows lie: in the device's memory, or, for simulators on the host, in the
-        host's, which is often larger. The run is the same.
-    """
-
-    capacity: int = 5_000_000
-    batch_size: int = 16
-    batch_length: int = 64
-    train_ratio: float = 32.0
-    online: bool = True
-    context_every: int = 1
-    place: Literal["device", "host"] = "device"
-
-    def __post_init__(self):
-        positive(self, "capacity", "batch_size", "batch_length", "context_every")
-        ratio = self.train_ratio
-        require(ratio <= 1e6, f"The replay's train_ratio is {ratio}; it must be at most 1e6.")
-        require(
-            ratio == 0 or ratio >= 1e-3,
-            f"The replay's train_ratio is {ratio}; it must be positive, at least 0.001, or 0 to "
-            "collect and never learn.",
-        )
-        require(
-            self.batch_length >= 2,
-            "The replay's batch_length is 1; it must be at least 2, for in a window of one row no "
-            "step follows to learn from.",
-        )
-        require(
-            self.batch_length % self.context_every == 0,
-            f"The replay's context_every is {self.context_every}, which does not divide its "
-            f"batch_length of {self.batch_length}. Choose a divisor.",
-        )
-
-    def updates_per_iteration(self, envs: int) -> Fraction:
-        """Updates that one step of each of `envs` environments earns, as an exact fraction."""
-        ratio = Fraction(self.train_ratio).limit_denominator(1000)
-        return envs * ratio / (self.batch_size * self.batch_length)
-
-    def rows_per_env(self, envs: int) -> int:
-        """Capacity of each of `envs` rings, a multiple of `context_every`.
-
-        Raises:
-          JaxwmError: if a window does not fit into a ring.
-        """
-        rows = self.capacity // envs // self.context_every * self.context_every
-        if rows < self.batch_length + 1:
-            raise JaxwmError(
-                f"A replay of {self.capacity} rows gives each of {envs} environments {rows}, "
-                f"fewer than the {self.batch_length + 1} rows of one window (batch_length + 1). "
-                "Raise the capacity, or lower batch_length or the number of environments."
-            )
-        return rows
+from jaxwm.replay.config import ReplayConfig
+from jaxwm.types import Array, Bool, Int, JaxwmError, Key, PyTree, Step, Window
 
 
 class Buffer(NamedTuple):
-    """What is stored; leading axes (environment, capacity), of latents (environment, contexts)."""
+    """The rings.
+
+    Attributes:
+      rows: the rows (environment, capacity, ...).
+      memo: the memos of every k-th row (environment, capacity / k, ...).
+    """
 
     rows: Step
-    deter: Array  # (..., D), compute type
-    stoch: Array  # (..., S), class indices
+    memo: PyTree
 
 
 class Cursor(NamedTuple):
@@ -113,34 +53,21 @@ class Cursor(NamedTuple):
     online: Int[Array, ""]  # windows ever taken from the queue
 
 
-class Window(NamedTuple):
-    """A sampled batch."""
-
-    context: Latent  # (B, ...), the carry before row 0 of `steps`
-    steps: Step  # (T, B, ...)
-    env: Int[Array, " B"]
-    index: Int[Array, "T B"]  # places of `steps` in the rings
-
-
-class Packed(NamedTuple):
-    """What is kept of latents."""
-
-    deter: Array  # (..., D), compute type
-    stoch: Array  # (..., S), class indices
-
-
 class Replay(NamedTuple):
     """A replay as pure functions.
 
     Attributes:
       shapes: the `Buffer` of shapes.
       init: `() -> Buffer, Cursor`.
-      add: `buffer, cursor, rows (N, ...), latents (N, ...) -> buffer, cursor`.
+      add: `buffer, cursor, rows (N, ...), memo (N, ...) -> buffer, cursor`.
       choose: `cursor, key -> env (B,), start (B,), cursor`, the windows of a batch: environment
         and first row, counted from the start of the run.
       sample: `buffer, cursor, key -> Window, cursor`.
-      write_back: `buffer, window, latents (T, B), taken=True -> buffer`; as it was if not taken.
-      warmup: rows of each environment from which on there are enough windows to train.
+      write_back: `buffer, window, memo (T, B) | None, taken=True -> buffer`; the buffer as it was
+        if there is no memo or the update was not taken.
+      data: "windows" or "newest".
+      length: trained rows T of a window.
+      warmup: rows of each environment that make enough windows to train.
       nbytes: size of the buffer in bytes.
     """
 
@@ -150,117 +77,154 @@ class Replay(NamedTuple):
     choose: Callable[[Cursor, Key], tuple[Array, Array, Cursor]]
     sample: Callable[..., tuple[Window, Cursor]]
     write_back: Callable[..., Buffer]
+    data: Literal["windows", "newest"]
+    length: int
     warmup: int
     nbytes: int
 
 
-def replay(config: ReplayConfig, row: Step, latent: Latent) -> Replay:
-    """The replay for rows and latents like the given ones.
+def replay(
+    config: ReplayConfig,
+    row: Step,
+    memo: PyTree,
+    data: Literal["windows", "newest"] = "windows",
+) -> Replay:
+    """The replay for rows and memos like the given ones.
 
     Args:
       config: size and use.
       row: one row of all N environments, (N, ...); arrays or their shapes.
-      latent: their latents, (N, ...); arrays or their shapes.
+      memo: their memos, (N, ...); arrays or their shapes.
+      data: what the agent learns from.
 
     Raises:
-      JaxwmError: if a window does not fit.
+      JaxwmError: if a window does not fit, or the settings do not fit `data`.
     """
     count = row.is_first.shape[0]
-    capacity = config.rows_per_env(count)
-    length, batch = config.batch_length, config.batch_size
-    classes, every = latent.stoch.shape[-1], config.context_every
-    # Where latents are few, the first row of a window is the last of the one before.
-    stride = length + 1 if every == 1 else length
+    capacity, length, every = config.rows_per_env(count), config.batch_length, config.context_every
+    if data == "newest":
+        config.check_newest(count)
+        capacity, warmup = length + 1, 2
+        choose = functools.partial(_choose_newest, count, length)
+    else:
+        # As many windows as a batch has rows, as in the reference, if the rings hold so many.
+        windows = min(config.batch_size * length, count * (capacity - length))
+        warmup = length + max(1, -(-windows // count))
+        choose = functools.partial(_choose_windows, config, count, capacity)
 
-    def empty(tree: Any, size: int) -> Any:
+    def empty(tree: PyTree, size: int) -> PyTree:
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((count, size, *x.shape[1:]), x.dtype), tree
         )
 
-    packed = empty(jax.eval_shape(pack, latent), capacity // every)
-    shapes = Buffer(empty(row, capacity), *packed)
+    shapes = Buffer(empty(row, capacity), empty(memo, capacity // every))
     nbytes = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(shapes))
 
     def init() -> tuple[Buffer, Cursor]:
         zero = jnp.zeros((), jnp.int32)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), Cursor(zero, zero)
 
-    def add(buffer: Buffer, cursor: Cursor, rows: Step, latents: Latent) -> tuple[Buffer, Cursor]:
-        place = cursor.written % capacity
-
-        def put(ring: Array, value: Array, at: Array, keep: Array | bool = True) -> Array:
-            value = value[:, None].astype(ring.dtype)
-            if keep is not True:
-                value = jnp.where(keep, value, jax.lax.dynamic_slice_in_dim(ring, at, 1, 1))
-            return jax.lax.dynamic_update_slice_in_dim(ring, value, at, 1)
-
-        keep = True if every == 1 else place % every == 0
-        new = pack(latents)
-        buffer = Buffer(
-            jax.tree.map(lambda ring, x: put(ring, x, place), buffer.rows, rows),
-            put(buffer.deter, new.deter, place // every, keep),
-            put(buffer.stoch, new.stoch, place // every, keep),
-        )
-        return buffer, cursor._replace(written=cursor.written + 1)
-
-    def choose(cursor: Cursor, key: Key) -> tuple[Array, Array, Cursor]:
-        key_env, key_start = jax.random.split(key)
-        oldest = jnp.maximum(cursor.written - capacity, 0)
-        env = jax.random.randint(key_env, (batch,), 0, count)
-        first, stop = -(-oldest // every), (cursor.written - length - 1) // every + 1
-        start = jax.random.randint(key_start, (batch,), first, stop) * every
-        if not config.online:
-            return env, start, cursor
-        # Window w of the queue: rows (w // N) * stride onwards of environment w % N.
-        whole = (cursor.written - (length + 1 - stride)) // stride * count
-        kept = -(-oldest // stride) * count
-        head = jnp.maximum(cursor.online, kept)
-        window = head + jnp.arange(batch)
-        queued = window < whole
-        env = jnp.where(queued, window % count, env)
-        start = jnp.where(queued, window // count * stride, start)
-        return env, start, cursor._replace(online=jnp.clip(whole, head, head + batch))
-
     def sample(buffer: Buffer, cursor: Cursor, key: Key) -> tuple[Window, Cursor]:
         env, start, cursor = choose(cursor, key)
-        window = read(buffer, env, start, length, classes)
+        window = read(buffer, env, start, length, all_memos=data == "newest")
         return window._replace(steps=close_abandoned(window.steps)), cursor
 
-    def write_back(
-        buffer: Buffer, window: Window, latents: Latent, taken: Array | bool = True
-    ) -> Buffer:
-        stored = lambda x: x[every - 1 :: every]  # noqa: E731
-        # What goes beyond the last environment is dropped.
-        env = jnp.where(taken & stored(is_last_copy(window, capacity)), window.env[None], count)
-        at = (env, stored(window.index) // every)
-        fresh = pack(jax.tree.map(stored, latents))
+    functions = (shapes, init, add, choose, sample, write_back)
+    return Replay(*functions, data=data, length=length, warmup=warmup, nbytes=nbytes)
 
-        def put(ring: Array, new: Array) -> Array:
-            return ring.at[at].set(new.astype(ring.dtype), mode="drop", unique_indices=True)
 
-        return buffer._replace(
-            deter=put(buffer.deter, fresh.deter), stoch=put(buffer.stoch, fresh.stoch)
-        )
+def add(buffer: Buffer, cursor: Cursor, rows: Step, memo: PyTree) -> tuple[Buffer, Cursor]:
+    """Writes a row (N, ...) of all environments, and its memo where one is kept."""
+    every = memo_spacing(buffer)
+    place = cursor.written % buffer.rows.is_first.shape[1]
 
-    # As many windows as the rows of a batch, as in the reference, if the rings hold so many.
-    windows = min(batch * length, count * (capacity - length))
-    warmup = length + max(1, -(-windows // count))
-    return Replay(shapes, init, add, choose, sample, write_back, warmup, nbytes)
+    def put(ring: Array, value: Array, at: Array, keep: Array | bool = True) -> Array:
+        value = value[:, None].astype(ring.dtype)
+        if keep is not True:
+            value = jnp.where(keep, value, jax.lax.dynamic_slice_in_dim(ring, at, 1, 1))
+        return jax.lax.dynamic_update_slice_in_dim(ring, value, at, 1)
+
+    keep = True if every == 1 else place % every == 0
+    buffer = Buffer(
+        jax.tree.map(lambda ring, x: put(ring, x, place), buffer.rows, rows),
+        jax.tree.map(lambda ring, x: put(ring, x, place // every, keep), buffer.memo, memo),
+    )
+    return buffer, cursor._replace(written=cursor.written + 1)
+
+
+def _choose_newest(
+    count: int, length: int, cursor: Cursor, key: Key
+) -> tuple[Array, Array, Cursor]:
+    """The last `length + 1` rows of all `count` environments; `key` is not needed."""
+    start = jnp.full((count,), cursor.written - length - 1)
+    return jnp.arange(count), start, cursor
+
+
+def _choose_windows(
+    config: ReplayConfig, count: int, capacity: int, cursor: Cursor, key: Key
+) -> tuple[Array, Array, Cursor]:
+    """New windows from the queue, then uniform ones, of `count` rings of `capacity` rows."""
+    length, batch, every = config.batch_length, config.batch_size, config.context_every
+    key_env, key_start = jax.random.split(key)
+    oldest = jnp.maximum(cursor.written - capacity, 0)
+    env = jax.random.randint(key_env, (batch,), 0, count)
+    first, stop = -(-oldest // every), (cursor.written - length - 1) // every + 1
+    start = jax.random.randint(key_start, (batch,), first, stop) * every
+    if not config.online:
+        return env, start, cursor
+    # Windows may begin at few rows only: then the first row of one is the last of the one before.
+    stride = length + 1 if every == 1 else length
+    # Window w of the queue: rows (w // N) * stride onwards of environment w % N.
+    whole = (cursor.written - (length + 1 - stride)) // stride * count
+    kept = -(-oldest // stride) * count
+    head = jnp.maximum(cursor.online, kept)
+    window = head + jnp.arange(batch)
+    queued = window < whole
+    env = jnp.where(queued, window % count, env)
+    start = jnp.where(queued, window // count * stride, start)
+    return env, start, cursor._replace(online=jnp.clip(whole, head, head + batch))
+
+
+def write_back(
+    buffer: Buffer, window: Window, memo: PyTree | None, taken: Array | bool = True
+) -> Buffer:
+    """Replaces the memos of trained rows.
+
+    Args:
+      buffer: the rings.
+      window: the batch.
+      memo: fresh memos (T, B) of rows 1..T; None leaves the buffer as it is.
+      taken: whether the update was taken; if not, the buffer stays as it is.
+    """
+    if memo is None:
+        return buffer
+    (count, capacity), every = buffer.rows.is_first.shape, memo_spacing(buffer)
+    stored = lambda x: x[every - 1 :: every]  # noqa: E731
+    # Writes beyond the last environment are dropped.
+    env = jnp.where(taken & stored(is_last_copy(window, capacity)), window.env[None], count)
+    at = (env, stored(window.index[1:]) // every)
+
+    def put(ring: Array, fresh: Array) -> Array:
+        fresh = stored(fresh).astype(ring.dtype)
+        return ring.at[at].set(fresh, mode="drop", unique_indices=True)
+
+    return buffer._replace(memo=jax.tree.map(put, buffer.memo, memo))
 
 
 def is_last_copy(window: Window, capacity: int) -> Bool[Array, "T B"]:
-    """Which rows of a batch are in no other of its windows, or come last there.
+    """Which trained rows of a batch are in no other of its windows, or come last there.
 
-    A row that windows share lies latest in the one that begins first, and of two that begin
-    together the second counts. Which of several writes to one place a GPU makes last is left to
-    chance.
+    A row that windows share lies latest in the window that begins first; of two windows that begin
+    together the second one counts. Without this choice a GPU would make several writes to one place
+    in any order.
 
     Args:
       window: a batch.
       capacity: rows of each ring.
     """
-    length, batch = window.index.shape
-    first = window.index[0]
+    index = window.index[1:]
+    length, batch = index.shape
+    first = index[0]
     earlier = (first[:, None] - first[None]) % capacity  # rows from the start of j to that of i
     order = jnp.arange(batch)
     wins = (earlier > 0) | (order[None] > order[:, None])
@@ -269,16 +233,14 @@ def is_last_copy(window: Window, capacity: int) -> Bool[Array, "T B"]:
     return jnp.arange(length)[:, None] >= shared[None]
 
 
-def pack(latents: Latent) -> Packed:
-    """What is kept of latents: of their one-hot classes only the indices, in bytes if they fit."""
-    dtype = jnp.uint8 if latents.stoch.shape[-1] <= 256 else jnp.int32
-    return Packed(latents.deter, jnp.argmax(latents.stoch, -1).astype(dtype))
+def memo_spacing(buffer: Buffer) -> int:
+    """Rows from one whose memo is kept to the next; 1 if memos are empty.
 
-
-def unpack(packed: Packed, classes: int) -> Latent:
-    """The latents, of so many classes."""
-    stoch = jax.nn.one_hot(packed.stoch, classes, dtype=packed.deter.dtype)
-    return Latent(packed.deter, stoch)
+    Works for arrays, numpy and shapes, with or without an axis of seeds in front.
+    """
+    first = buffer.rows.is_first
+    memos = jax.tree.leaves(buffer.memo)
+    return first.shape[-1] // memos[0].shape[len(first.shape) - 1] if memos else 1
 
 
 def places(start: Any, length: int, capacity: int, xp: Any = jnp) -> Any:
@@ -302,7 +264,7 @@ def read(
     env: Int[Array, " B"],
     start: Int[Array, " B"],
     length: int,
-    classes: int,
+    all_memos: bool = False,
 ) -> Window:
     """The windows of `length + 1` rows that begin at given rows.
 
@@ -311,22 +273,17 @@ def read(
       env: environment of each window.
       start: first row of each window, the context, counted from the start of the run.
       length: trained rows T.
-      classes: classes K of the stored latent.
-
-    Returns:
-      The stored latent of the context row as carry, and the T rows after it.
+      all_memos: whether to read the memos of all rows, instead of those of row 0.
     """
-    capacity = buffer.rows.is_first.shape[1]
-    place = places(start, length, capacity)
+    place = places(start, length, buffer.rows.is_first.shape[1])
     rows = jax.tree.map(lambda ring: ring[env[None], place], buffer.rows)
-    steps = jax.tree.map(lambda x: x[1:], rows)
-    at = place[0] // (capacity // buffer.stoch.shape[1])
-    context = Packed(buffer.deter[env, at], buffer.stoch[env, at])
-    return Window(unpack(context, classes), steps, env, place[1:])
+    at = (env[None], place) if all_memos else (env, place[0] // memo_spacing(buffer))
+    memo = jax.tree.map(lambda ring: ring[at], buffer.memo)
+    return Window(memo, rows, env, place)
 
 
 def close_abandoned(rows: Step) -> Step:
-    """Marks `is_last` where the next row of a window (T, B) starts another episode.
+    """Marks `is_last` where the next row of a window (T + 1, B) starts another episode.
 
     Only episodes that were abandoned, by a crash or a resume, need it; the last row stays.
     """

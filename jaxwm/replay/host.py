@@ -1,12 +1,12 @@
-"""The rings of `replay` in numpy, in the host's memory, which may be larger than the device's.
+"""The rings of `replay.device` in numpy, in the host's memory, which may be larger.
 
 A `Buffer` of numpy arrays (..., environment, capacity, ...), where seeds side by side add an axis
-in front. It is written in place. What of a window the device needs is read in two parts: its rows
+in front. These functions write it in place. The device gets a window in two parts: its rows
 (`read`), which never change, so that they can be gathered while the device makes the update before;
-and the latent of its context row (`context`), after that update has been written back.
+and the memos (`memos`), after that update has been written back.
 
-The arrays are ordinary, pageable memory: a batch is megabytes, which take the device a fraction of
-an update to fetch.
+The arrays are ordinary, pageable memory: a batch is megabytes, which the device fetches in a
+fraction of an update.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxwm.replay.device import Buffer, Packed, places
-from jaxwm.types import Step
+from jaxwm.replay.device import Buffer, memo_spacing, places
+from jaxwm.types import PyTree, Step
 
 
 def empty(shapes: Buffer, lead: tuple[int, ...] = ()) -> Buffer:
@@ -29,7 +29,7 @@ def empty(shapes: Buffer, lead: tuple[int, ...] = ()) -> Buffer:
 
 
 def outline(shapes: Buffer, lead: tuple[int, ...] = ()) -> Buffer:
-    """What `empty` makes, for its shapes and for being numpy: arrays that take no memory."""
+    """Arrays like those of `empty` that take no memory, for their shapes and for being numpy."""
 
     def one(x: Any) -> np.ndarray:
         return np.broadcast_to(np.zeros((), x.dtype), (*lead, *x.shape))
@@ -37,30 +37,28 @@ def outline(shapes: Buffer, lead: tuple[int, ...] = ()) -> Buffer:
     return jax.tree.map(one, shapes)
 
 
-def add(buffer: Buffer, written: int, rows: Step, latents: Packed) -> None:
-    """Writes a row of every environment.
+def add(buffer: Buffer, written: int, rows: Step, memo: PyTree) -> None:
+    """Writes a row of every environment, and its memo where one is kept.
 
     Args:
       buffer: the rings.
       written: rows added before.
       rows: the rows (..., N), in numpy.
-      latents: their latents (..., N), in numpy.
+      memo: their memos (..., N), in numpy.
     """
-
     axis = buffer.rows.is_first.ndim - 1
-    place, every = written % buffer.rows.is_first.shape[-1], _every(buffer)
+    place, every = written % buffer.rows.is_first.shape[-1], memo_spacing(buffer)
 
-    def put(ring: Any, value: Any, at: int) -> None:
+    def put(ring: np.ndarray, value: np.ndarray, at: int) -> None:
         ring[(*(slice(None),) * axis, at)] = value
 
     jax.tree.map(lambda ring, x: put(ring, x, place), buffer.rows, rows)
     if place % every == 0:
-        put(buffer.deter, latents.deter, place // every)
-        put(buffer.stoch, latents.stoch, place // every)
+        jax.tree.map(lambda ring, x: put(ring, x, place // every), buffer.memo, memo)
 
 
 def read(buffer: Buffer, env: np.ndarray, start: np.ndarray, length: int) -> Step:
-    """The trained rows (..., T, B) of windows.
+    """The rows (..., T + 1, B) of windows.
 
     Args:
       buffer: the rings.
@@ -69,41 +67,61 @@ def read(buffer: Buffer, env: np.ndarray, start: np.ndarray, length: int) -> Ste
       length: trained rows T.
     """
     at = _index(buffer, env, start, length)
-    at = tuple(x[..., 1:, :] for x in at)
     return jax.tree.map(lambda ring: ring[at], buffer.rows)
 
 
-def context(buffer: Buffer, env: np.ndarray, start: np.ndarray) -> Packed:
-    """The stored latents (..., B) of the first rows of windows; arguments as in `read`."""
-    *at, place = (x[..., 0, :] for x in _index(buffer, env, start, 0))
-    at = (*at, place // _every(buffer))
-    return Packed(buffer.deter[at], buffer.stoch[at])
+def memos(
+    buffer: Buffer, env: np.ndarray, start: np.ndarray, length: int, every_row: bool = False
+) -> PyTree:
+    """The memos of windows.
+
+    Args:
+      buffer: the rings.
+      env: as in `read`.
+      start: as in `read`.
+      length: as in `read`.
+      every_row: whether to read the memos (..., T + 1, B) of all rows, instead of those (..., B) of
+        row 0.
+    """
+    if every_row:
+        at = _index(buffer, env, start, length)
+    else:
+        *where, place = (x[..., 0, :] for x in _index(buffer, env, start, 0))
+        at = (*where, place // memo_spacing(buffer))
+    return jax.tree.map(lambda ring: ring[at], buffer.memo)
 
 
 def write_back(
     buffer: Buffer,
     env: np.ndarray,
     start: np.ndarray,
-    latents: Packed,
+    length: int,
+    memo: PyTree | None,
     taken: np.ndarray | bool = True,
 ) -> None:
-    """Writes the fresh latents (..., T, B) of trained rows, of updates that were taken (...).
+    """Replaces the memos of trained rows.
 
-    Other arguments as in `read`.
+    Args:
+      buffer: the rings.
+      env: as in `read`.
+      start: as in `read`.
+      length: as in `read`.
+      memo: fresh memos (..., T, B) of rows 1..T; None leaves the buffer as it is.
+      taken: which updates (...) were taken; the memos of others stay.
     """
-    length, every = latents.stoch.shape[-3], _every(buffer)
-    *index, place = (x[..., every::every, :] for x in _index(buffer, env, start, length))
-    index = (*index, place // every)
-    deter, stoch = (x[..., every - 1 :: every, :, :] for x in latents)
-    keep = np.broadcast_to(np.asarray(taken)[..., None, None], index[0].shape)
-    # One flat list: of a row in two windows the later latent stays, as on the device.
-    at = tuple(x[keep] for x in index)
-    buffer.deter[at], buffer.stoch[at] = deter[keep], stoch[keep]
+    if memo is None:
+        return
+    every = memo_spacing(buffer)
+    *where, place = (x[..., every::every, :] for x in _index(buffer, env, start, length))
+    keep = np.broadcast_to(np.asarray(taken)[..., None, None], place.shape)
+    # One flat list: if two windows share a row, the memo of the later one stays, as on the device.
+    at = tuple(x[keep] for x in (*where, place // every))
+    stored = (slice(None),) * (env.ndim - 1) + (slice(every - 1, None, every),)
 
+    def put(ring: np.ndarray, fresh: np.ndarray) -> None:
+        ring[at] = fresh[stored][keep]
 
-def _every(buffer: Buffer) -> int:
-    """Rows from one whose latent is stored to the next."""
-    return buffer.rows.is_first.shape[-1] // buffer.stoch.shape[-2]
+    jax.tree.map(put, buffer.memo, memo)
 
 
 def _index(

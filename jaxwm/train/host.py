@@ -1,375 +1,277 @@
 """The driver for simulators on the host, which step in worker processes while the device learns.
 
-Acting must not wait for learning, so it uses the parameters from before the newest round of
-updates, and the replay and that round are left to a thread of their own: jax runs what one thread
-asks for in order, but the work of several side by side where the device can. Which parameters act
-when depends on counters alone, never on how fast anything was, and so does the train ratio.
+If updates come as soon as they are earned, acting does not wait for learning: it uses the
+parameters from before the newest round of updates. It does wait for updates made in blocks, when
+learning begins, and for agents that learn from the newest rows. Which parameters act when depends
+on counters alone, never on how fast anything was, and so does the train ratio.
 
-The replay lies on the device, or in the host's memory (`replay_host`): two `_Store`s.
+The replay and the updates run in a thread of their own: jax runs the requests of one thread in
+order, but those of several threads side by side where the device can.
 """
 
+import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import compiler, train
-from jaxwm.agent import Agent, AgentState
 from jaxwm.envs.host import Pool, TooManyFaults
 from jaxwm.recipes import RunConfig
-from jaxwm.replay import host as replay_host
-from jaxwm.replay.device import Buffer, Cursor, Packed, Replay, close_abandoned, pack, unpack
-from jaxwm.train.mesh import Layout
-from jaxwm.types import Action, Array, HostEnv, Key, Latent, Params, Step
+from jaxwm.replay.config import Rhythm
+from jaxwm.train.act import explorer, rows_after
+from jaxwm.train.learn import zero_metrics
+from jaxwm.train.program import NUMBER, Chunk, Program, Setup, temporary_bytes
+from jaxwm.train.state import (
+    AXES,
+    AgentOf,
+    HostState,
+    TrainState,
+    begin_line,
+    beginning,
+    count_episodes,
+    empty_row,
+    members_of,
+    metrics_of,
+)
+from jaxwm.train.stores import STORES, without_acting
+from jaxwm.types import ALONE, Action, Array, HostEnv, Key, Params, PyTree, Step
 
 
-class HostState(NamedTuple):
-    """What a run with simulators on the host keeps in place of their states."""
-
-    acting: Params  # the parameters that act, older than the newest by one round of updates
-
-
-def on_host(
-    config: RunConfig,
-    env: HostEnv,
-    agent_of: Callable[[dict[str, Any]], Agent],
-    memory: Replay,
-    count: int,
-    layout: Layout,
-) -> train.Program:
-    """The program of a run with simulators on the host.
-
-    Args:
-      config: the run.
-      env: what to simulate.
-      agent_of: `values -> Agent`, with the values of swept entries.
-      memory: the replay, wherever it lies.
-      count: iterations between two lines of metrics.
-      layout: the one device that learns.
-    """
-    many = config.members > 1
-    _, values = train.members_of(config)
-    earned, price = config.replay.updates_per_iteration(config.envs).as_integer_ratio()
-    stores = {"device": _store_on_device, "host": _store_in_host_memory}
-    store = stores[config.replay.place](config, agent_of, memory)
-
-    def act(
-        params: Params,
-        carry: Latent,
-        row: Step,
-        key: Key,
-        iteration: Array,
-        values: dict[str, Array],
-    ) -> tuple[Latent, Action]:
-        key_act, _ = jax.random.split(jax.random.fold_in(key, 2 * iteration))
-        return agent_of(values).act(params, carry, row, key_act)
-
-    start: Any = train.beginning(
-        config, agent_of, memory, lambda key: ((), train.empty_row(env, config.envs))
-    )
-    if many:
-        start = jax.vmap(start, out_axes=train.AXES)
-        act = jax.vmap(act, in_axes=(0, 0, 0, 0, None, 0))
-    begin = jax.jit(store.start(start))
-    start = lambda: begin(*train.members_of(config))  # noqa: E731
-    jits = (jax.jit(act), *store.jits)
-    opened: list[Pool] = []
+def on_host(setup: Setup, env: HostEnv) -> Program:
+    """The program of a run with simulators on the host."""
+    config, memory = setup.config, setup.memory
+    agent_of = setup.agents(ALONE)
+    store = STORES[config.replay.place](config, agent_of, memory, setup.rhythm)
+    act = jax.jit(_actor(config, env, agent_of, setup.rhythm))
+    zero = functools.partial(zero_metrics, memory)
+    no_simulators = lambda key: ((), empty_row(env, config.envs))  # noqa: E731
+    start = beginning(config, agent_of, memory, zero, no_simulators)
+    if config.members > 1:
+        start = jax.vmap(start, out_axes=AXES)
+    start = jax.jit(store.start(start))
+    opened: list[Simulators] = []
 
     def close() -> None:
         while opened:
-            opened.pop().close()
+            opened.pop().pool.close()
 
-    def rows(row: Step) -> Step:
-        """The pool's rows, with an axis of members if there is one."""
-        if not many:
-            return row
-        lead = (config.members, config.envs)
-        return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), row)
-
-    def flat(action: Any) -> Any:
-        """Actions without that axis, as the pool takes them."""
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), action) if many else action
-
-    def resume(state: train.TrainState) -> train.TrainState:
+    def resume(state: TrainState) -> TrainState:
         close()
-        seed = np.random.SeedSequence((config.seed, int(state.clock.iteration)))
-        opened.append(
-            Pool(env, config.members * config.envs, config.host, int(seed.generate_state(1)[0]))
-        )
+        opened.append(Simulators(env, config, int(state.clock.iteration)))
         episodes = jax.tree.map(np.zeros_like, jax.device_get(state.episodes))
         acting = HostState(state.agent.params)
-        return state._replace(env=acting, row=rows(opened[0].reset()), episodes=episodes)
+        return state._replace(env=acting, row=opened[0].reset(), episodes=episodes)
 
-    def shapes() -> train.TrainState:
-        like = store.shapes(jax.eval_shape(start))
+    def shapes() -> TrainState:
+        like = store.shapes(jax.eval_shape(start, *members_of(config)))
         return like._replace(env=HostState(like.agent.params))
 
     def chunk_of(act: Any, *others: Any) -> Any:
-        add, learn = store.join(*others)
+        learner = functools.partial(Learner, setup, *store.join(*others))
+        return _chunk(opened, config, act, learner)
 
-        def chunk(
-            state: train.TrainState, count: Any, fresh: Any
-        ) -> tuple[train.TrainState, dict[str, Any]]:
-            pool, begun, waited = opened[0], time.perf_counter(), 0.0
-            clock = jax.tree.map(int, jax.device_get(state.clock))
-            iteration, credit, updates = clock.iteration, clock.credit, clock.updates
-            state = train.begin_line(state, fresh, np)
-            row, carry, acting = state.row, state.carry, state.env.acting
-            episodes = jax.device_get(state.episodes)
-            params, rest = state.agent.params, _without_acting(state)
+    def compiled() -> Chunk:
+        like, (_, values) = shapes(), members_of(config)
+        acts = (like.agent.params, like.carry, like.row, like.key, NUMBER, values)
+        pairs = zip((act, *store.jits), (acts, *store.arguments(like)), strict=True)
+        programs = [function.lower(*arguments).compile() for function, arguments in pairs]
+        temporary = max(map(temporary_bytes, programs))
+        return Chunk(chunk_of(*programs), setup.iterations, temporary)
 
-            def keep(row: Step, carry: Latent) -> None:
-                nonlocal rest
-                buffer, cursor = add(rest.buffer, rest.clock.cursor, row, carry)
-                rest = rest._replace(buffer=buffer, clock=rest.clock._replace(cursor=cursor))
-
-            def improve(due: int) -> Params:
-                nonlocal params, rest
-                params, rest = learn(params, state.key, rest, np.int32(due))
-                return jax.block_until_ready(params)
-
-            with ThreadPoolExecutor(1, "learner") as learner:
-                jobs, newest = [], None
-                for _ in range(count):
-                    carry, action = act(acting, carry, row, state.key, np.int32(iteration), values)
-                    pool.send(flat(jax.device_get(action)))
-                    jobs.append(learner.submit(keep, row, carry))
-                    iteration += 1
-                    credit = credit + earned if iteration >= memory.warmup else 0
-                    due, credit = divmod(credit, price)
-                    if due:
-                        acting = newest.result() if newest else params
-                        newest = learner.submit(improve, due)
-                        jobs.append(newest)
-                        updates += due
-                    paused = time.perf_counter()
-                    try:
-                        row = rows(pool.receive())
-                    except TooManyFaults:
-                        break
-                    waited += time.perf_counter() - paused
-                    episodes = train.count_episodes(episodes, row, np)
-                for job in jobs:
-                    job.result()  # raises what went wrong in the other thread
-            state = rest._replace(
-                key=state.key,
-                agent=rest.agent._replace(params=params),
-                env=HostState(acting),
-                row=row,
-                carry=carry,
-                episodes=jax.tree.map(np.float32, episodes),
-                clock=jax.tree.map(
-                    jnp.int32, rest.clock._replace(iteration=iteration, credit=credit)
-                ),
-            )
-            account, health, ended = jax.device_get((state.account, state.health, episodes))
-            metrics = train.metrics_of(account, health, ended, np)
-            metrics["host/waiting"] = waited / (time.perf_counter() - begun)
-            metrics["host/faults"] = sum(pool.faults.values())
-            metrics["memory/simulators"] = pool.resident_bytes()
-            return state, metrics
-
-        return chunk
-
-    def compiled() -> train.Chunk:
-        like = shapes()
-        arguments = (
-            (like.agent.params, like.carry, like.row, like.key, train.NUMBER, values),
-            *store.arguments(like),
-        )
-        programs = [f.lower(*a).compile() for f, a in zip(jits, arguments, strict=True)]
-        temporary = max(map(train.temporary_bytes, programs))
-        return train.Chunk(chunk_of(*programs), count, temporary)
-
-    return train.Program(
+    return Program(
         env=env,
         agent=agent_of({}),
         agent_of=agent_of,
         replay=memory,
+        rhythm=setup.rhythm,
         shapes=shapes,
-        init=lambda: resume(store.init(start())),
+        init=lambda: resume(store.init(start(*members_of(config)))),
         resume=resume,
-        chunk=train.Chunk(chunk_of(*jits), count),
+        chunk=Chunk(chunk_of(act, *store.jits), setup.iterations),
         compile=compiled,
-        fault=lambda state: opened[0].failure if opened else None,
+        fault=lambda state: opened[0].pool.failure if opened else None,
         close=close,
-        iterations=count,
-        layout=layout,
+        iterations=setup.iterations,
+        layout=setup.layout,
     )
 
 
-class _Store(NamedTuple):
-    """A replay, and learning from it, for the learner's thread.
+def _actor(
+    config: RunConfig, env: HostEnv, agent_of: AgentOf, rhythm: Rhythm
+) -> Callable[..., tuple[PyTree, Action, PyTree]]:
+    """`params, carry, row, key, iteration, values -> carry, action, memo`, of all members."""
+
+    def act(
+        params: Params,
+        carry: PyTree,
+        row: Step,
+        key: Key,
+        iteration: Array,
+        values: dict[str, Array],
+    ) -> tuple[PyTree, Action, PyTree]:
+        key_act, _ = jax.random.split(jax.random.fold_in(key, 2 * iteration))
+        acts = explorer(agent_of(values), env.action_space, rhythm.random)
+        return acts(params, carry, row, key_act, iteration)
+
+    return jax.vmap(act, in_axes=(0, 0, 0, 0, None, 0)) if config.members > 1 else act
+
+
+def _chunk(
+    opened: "list[Simulators]",
+    config: RunConfig,
+    act: Callable[..., Any],
+    learner_of: Callable[..., "Learner"],
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]]:
+    """`state, count, fresh -> state, metrics`: some iterations."""
+    _, values = members_of(config)
+
+    def chunk(state: TrainState, count: Any, fresh: Any) -> tuple[TrainState, dict[str, Any]]:
+        simulators, begun = opened[0], time.perf_counter()
+        simulators.waited = 0.0
+        state = begin_line(state, fresh, np)
+        now, episodes = (state.row, state.carry), jax.device_get(state.episodes)
+        first = int(state.clock.iteration)
+        with learner_of(state) as learner:
+
+            def act_now(carry: PyTree, row: Step, number: int) -> Any:
+                iteration = np.int32(first + number)
+                return act(learner.acting, carry, row, state.key, iteration, values)
+
+            rows = rows_after(act_now, simulators.send, simulators.receive, *now, learner.take)
+            with contextlib.suppress(TooManyFaults):  # `Program.fault` reports them
+                for now in itertools.islice(rows, int(count)):
+                    episodes = count_episodes(episodes, now[0], np)
+        state = learner.state(state)
+        account, health, ended = jax.device_get((state.account, state.health, episodes))
+        metrics = metrics_of(account, health, ended, np)
+        metrics |= simulators.metrics(time.perf_counter() - begun)
+        episodes = jax.tree.map(np.float32, episodes)
+        return state._replace(row=now[0], carry=now[1], episodes=episodes), metrics
+
+    return chunk
+
+
+class Simulators:
+    """The pool of all members' simulators.
+
+    Args:
+      env: what to simulate.
+      config: the run.
+      iteration: iterations made before; together with the seed it determines the first episodes.
+    """
+
+    def __init__(self, env: HostEnv, config: RunConfig, iteration: int):
+        seed = np.random.SeedSequence((config.seed, iteration)).generate_state(1)
+        self._lead = (config.members, config.envs)
+        self.pool = Pool(env, config.members * config.envs, config.host, int(seed[0]))
+        self.waited = 0.0  # seconds in `receive`
+
+    def reset(self) -> Step:
+        """The rows that begin an episode in every simulator."""
+        return self._split(self.pool.reset())
+
+    def send(self, action: Any) -> None:
+        """Lets every simulator take its action."""
+        if self._lead[0] > 1:
+            action = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), action)
+        self.pool.send(action)
+
+    def receive(self) -> Step:
+        """The rows that the actions led to.
+
+        Raises:
+          TooManyFaults: as `Pool.receive`.
+        """
+        begun = time.perf_counter()
+        row = self.pool.receive()
+        self.waited += time.perf_counter() - begun
+        return self._split(row)
+
+    def metrics(self, seconds: float) -> dict[str, Any]:
+        """Share of the last `seconds` spent waiting, faults so far, memory."""
+        return {
+            "host/waiting": self.waited / seconds,
+            "host/faults": sum(self.pool.faults.values()),
+            "memory/simulators": self.pool.resident_bytes(),
+        }
+
+    def _split(self, row: Step) -> Step:
+        """Rows with an axis of members if there are several."""
+        if self._lead[0] == 1:
+            return row
+        return jax.tree.map(lambda x: x.reshape(*self._lead, *x.shape[1:]), row)
+
+
+class Learner:
+    """Stores rows and makes updates in a thread of its own; use it in a `with` statement.
+
+    Args:
+      setup: the run.
+      add: stores rows, see `stores.Store.join`.
+      learn: makes updates, see there.
+      state: where the run stands; leaving the `with` statement uses it up.
 
     Attributes:
-      jits: the functions to compile.
-      arguments: `train.TrainState -> arguments of each`, all of them shapes.
-      join: `*jits -> add, learn` with
-        `add: buffer, cursor, rows, latents -> buffer, cursor` and
-        `learn: params, key, rest, due -> params, rest`, where rest is what `_without_acting`
-        leaves. Buffer and rest are used up; params are not, because they act at the same time.
-      start: `function -> function`, of those that make a `train.TrainState` on the device.
-      init: `train.TrainState -> train.TrainState`, what came from there made whole.
-      shapes: the same for shapes.
+      acting: the parameters that act now.
     """
 
-    jits: tuple[Any, ...]
-    arguments: Callable[[train.TrainState], tuple[Any, ...]]
-    join: Callable[..., tuple[Any, Any]]
-    start: Callable[[Any], Any] = lambda function: function
-    init: Callable[[train.TrainState], train.TrainState] = lambda state: state
-    shapes: Callable[[train.TrainState], train.TrainState] = lambda like: like
+    def __init__(self, setup: Setup, add: Any, learn: Any, state: TrainState):
+        self.acting = state.env.acting
+        self._add, self._learn, self._rhythm = add, learn, setup.rhythm
+        self._lags = setup.rhythm.every == 1 and setup.memory.data == "windows"
+        self._iteration, self._credit = int(state.clock.iteration), int(state.clock.credit)
+        self._key, self._params, self._rest = state.key, state.agent.params, without_acting(state)
+        self._thread = ThreadPoolExecutor(1, "learner")
+        self._jobs: list[Future] = []
+        self._newest: Future | None = None  # round of updates
 
+    def __enter__(self) -> "Learner":
+        return self
 
-def _store_on_device(
-    config: RunConfig, agent_of: Callable[[dict[str, Any]], Agent], memory: Replay
-) -> _Store:
-    """All updates of a round are one program."""
+    def __exit__(self, *error: Any) -> None:
+        self._thread.shutdown()
+        if error[0] is None:
+            for job in self._jobs:
+                job.result()  # raises what went wrong in the thread
 
-    def learn(
-        params: Params, key: Key, rest: train.TrainState, due: Array
-    ) -> tuple[Params, train.TrainState]:
-        state = rest._replace(agent=rest.agent._replace(params=params), key=key)
-        agent = agent_of(state.values)
-        state = train.learn(state, due, agent, memory, config.on_divergence)
-        return state.agent.params, _without_acting(state)
+    def take(self, row: Step, memo: PyTree) -> None:
+        """Stores rows, then makes the updates that are due; both happen in the thread."""
+        self._jobs.append(self._thread.submit(self._keep, row, memo))
+        self._iteration += 1
+        due, self._credit = self._rhythm.due(self._iteration, self._credit)
+        if not due:
+            return
+        self.acting = self._newest.result() if self._newest else self._params
+        self._newest = self._thread.submit(self._improve, due)
+        self._jobs.append(self._newest)
+        begins = self._rhythm.pretrain and self._iteration == self._rhythm.begins
+        if begins or not self._lags:
+            self.acting = self._newest.result()
 
-    add: Any = memory.add
-    if config.members > 1:
-        add = jax.vmap(add, in_axes=(0, None, 0, 0), out_axes=(0, None))
-        learn = jax.vmap(learn, in_axes=(0, 0, train.AXES, None), out_axes=(0, train.AXES))
-
-    def arguments(like: train.TrainState) -> tuple[Any, ...]:
-        return (
-            (like.buffer, like.clock.cursor, like.row, like.carry),
-            (like.agent.params, like.key, _without_acting(like), train.NUMBER),
+    def state(self, before: TrainState) -> TrainState:
+        """The state after all that was taken; rows, carry and episodes are those before."""
+        clock = self._rest.clock._replace(iteration=self._iteration, credit=self._credit)
+        return self._rest._replace(
+            key=before.key,
+            agent=self._rest.agent._replace(params=self._params),
+            env=HostState(self.acting),
+            row=before.row,
+            carry=before.carry,
+            episodes=before.episodes,
+            clock=jax.tree.map(jnp.int32, clock),
         )
 
-    jits = (jax.jit(add, donate_argnums=0), compiler.jit(learn, donate_argnums=2))
-    return _Store(jits, arguments, lambda add, learn: (add, learn))
+    def _keep(self, row: Step, memo: PyTree) -> None:
+        buffer, cursor = self._add(self._rest.buffer, self._rest.clock.cursor, row, memo)
+        clock = self._rest.clock._replace(cursor=cursor)
+        self._rest = self._rest._replace(buffer=buffer, clock=clock)
 
-
-def _store_in_host_memory(
-    config: RunConfig, agent_of: Callable[[dict[str, Any]], Agent], memory: Replay
-) -> _Store:
-    """Each update is a program, which is handed its batch and hands back the fresh latents.
-
-    Which windows the updates of a round take depends on counters and keys alone, so one program
-    says it for all of them, before the first: the rows of the next batch are gathered while the
-    device computes.
-    """
-    earned, price = config.replay.updates_per_iteration(config.envs).as_integer_ratio()
-    most = -(-earned // price)  # updates in one round
-    length = config.replay.batch_length
-
-    def choose(key: Key, updates: Array, cursor: Cursor) -> tuple[Array, Array, Array]:
-        """Environment, first row (U, B) and the queue's counter afterwards (U,), for U updates."""
-
-        def one(cursor: Cursor, update: Array) -> tuple[Cursor, tuple[Array, Array, Array]]:
-            env, start, cursor = memory.choose(cursor, train.update_keys(key, update)[0])
-            return cursor, (env, start, cursor.online)
-
-        return jax.lax.scan(one, cursor, updates + jnp.arange(most))[1]
-
-    def update(
-        params: Params,
-        key: Key,
-        others: _Others,
-        values: dict[str, Array],
-        made: Array,
-        context: Packed,
-        steps: Step,
-    ) -> tuple[Params, _Others, Packed, Array]:
-        before, carry = others.agent._replace(params=params), unpack(context, classes)
-        key_update = train.update_keys(key, made)[1]
-        after, latents, metrics = agent_of(values).update(
-            before, carry, close_abandoned(steps), key_update
-        )
-        taken, account, health = train.watch(
-            metrics, others.account, others.health, made, config.on_divergence
-        )
-        after = train.if_taken(taken, after, before)
-        others = _Others(after._replace(params=()), account, health)
-        return after.params, others, pack(latents), taken
-
-    classes = jax.eval_shape(lambda: agent_of({}).initial(1)).stoch.shape[-1]
-    packing, lead = pack, ()
-    if config.members > 1:
-        lead = (config.members,)
-        packing = jax.vmap(pack)
-        choose = jax.vmap(choose, in_axes=(0, None, None), out_axes=(1, 1, None))
-        update = jax.vmap(update, in_axes=(0, 0, 0, 0, None, 0, 0))
-
-    def arguments(like: train.TrainState) -> tuple[Any, ...]:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        window, _ = jax.eval_shape(memory.sample, memory.shapes, like.clock.cursor, key)
-        context, steps = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype),
-            (jax.eval_shape(pack, window.context), window.steps),
-        )
-        others = _Others(like.agent._replace(params=()), like.account, like.health)
-        number = train.NUMBER
-        return (
-            (like.carry,),
-            (like.key, number, like.clock.cursor),
-            (like.agent.params, like.key, others, like.values, number, context, steps),
-        )
-
-    def join(pack: Any, choose: Any, update: Any) -> tuple[Any, Any]:
-        def add(buffer: Buffer, cursor: Cursor, rows: Step, latents: Any) -> Any:
-            written = int(cursor.written)
-            replay_host.add(buffer, written, rows, jax.device_get(pack(latents)))
-            return buffer, cursor._replace(written=np.int32(written + 1))
-
-        def learn(params: Params, key: Any, rest: train.TrainState, due: Any) -> Any:
-            buffer, clock = rest.buffer, rest.clock
-            others = _Others(rest.agent, rest.account, rest.health)
-            made = int(clock.updates)
-            env, start, online = jax.device_get(choose(key, np.int32(made), clock.cursor))
-            steps = jax.device_put(replay_host.read(buffer, env[0], start[0], length))
-            for i in range(due):
-                context = replay_host.context(buffer, env[i], start[i])
-                params, others, fresh, taken = update(
-                    params, key, others, rest.values, np.int32(made + i), context, steps
-                )
-                if i + 1 < due:  # while the device computes
-                    following = replay_host.read(buffer, env[i + 1], start[i + 1], length)
-                    steps = jax.device_put(following)
-                fresh, taken = jax.device_get((fresh, taken))
-                replay_host.write_back(buffer, env[i], start[i], fresh, taken)
-            cursor = clock.cursor._replace(online=online[due - 1])
-            clock = clock._replace(updates=np.int32(made + due), cursor=cursor)
-            return params, rest._replace(**others._asdict(), clock=clock)
-
-        return add, learn
-
-    def with_buffer(make: Any, state: train.TrainState) -> train.TrainState:
-        return state._replace(buffer=make(memory.shapes, lead))
-
-    return _Store(
-        (jax.jit(packing), jax.jit(choose), compiler.jit(update, donate_argnums=2)),
-        arguments,
-        join,
-        start=lambda start: lambda *members: start(*members)._replace(buffer=()),
-        init=functools.partial(with_buffer, replay_host.empty),
-        shapes=functools.partial(with_buffer, replay_host.outline),
-    )
-
-
-class _Others(NamedTuple):
-    """What an update changes in place when the replay lies with the host."""
-
-    agent: AgentState  # but for the parameters
-    account: train.Account
-    health: train.Health
-
-
-def _without_acting(state: train.TrainState) -> train.TrainState:
-    """What learning changes in place: all but what acting reads at the same time."""
-    agent = state.agent._replace(params=())
-    return state._replace(key=(), agent=agent, env=(), row=(), carry=(), episodes=())
+    def _improve(self, due: int) -> Params:
+        self._params, self._rest = self._learn(self._params, self._key, self._rest, np.int32(due))
+        return jax.block_until_ready(self._params)

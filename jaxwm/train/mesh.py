@@ -1,46 +1,37 @@
 """Many devices: which holds what of a run, and what they tell each other.
 
-Environments, replay and batch of a member are divided into shards. A shard is the training of one
-device in small: its environments fill its replay, from which it samples its part of every batch.
-Experience never leaves it. What shards share is told by `Shards`: the gradient with the metrics of
-an update (one all-reduce of as many bytes), the returns of the dreams, of which the percentiles are
-taken (`imagine * batch_length * batch_size` float32 numbers, 60 KiB by default), and once in a
-chunk the sums over ended episodes.
+A run divides environments, replay and batch of each member into shards. A shard is a small training
+of its own: its environments fill its replay, from which it samples its part of every batch.
+Experience never leaves it. Shards exchange, through `Shards`, the gradients and metrics of each
+update, whatever statistics an agent takes over the whole batch, and once in a chunk the sums over
+ended episodes.
 
 The devices form a mesh with the axes "members" and "data". Each device holds some of the members,
-and some of the shards of those. A device's members and shards are mapped by `jax.vmap`, the devices
-by `jax.shard_map`; so shards meet over two axes, "shards" within a device and "data" across them.
-How many devices there are decides nothing but where things lie: the numbers are the same to
-rounding, until a class that is sampled comes out differently for it.
+and some of the shards of those. `jax.vmap` maps a device's members and shards, `jax.shard_map` the
+devices; so shards meet over two axes, "shards" within a device and "data" across them. The number
+of devices decides only where things lie. The results are equal up to float rounding until rounding
+flips a sampled class; from there the runs diverge.
 
-Which axes an array leads with is said by a `PartitionSpec` of "shards" and "members", of which a
-layout drops what it has but one of.
+A `PartitionSpec` of "shards" and "members" says which axes an array leads with. A layout drops the
+axes of which it has only one.
 """
 
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
-import re
-import sys
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxwm.agent import AgentState
-from jaxwm.config import require, to_dict
+from jaxwm.config import require
 from jaxwm.envs.host import cores
-from jaxwm.numerics import fold_mirrored, unfold_mirrored
 from jaxwm.recipes import RunConfig
-from jaxwm.types import ALONE, JaxwmError, Shards
+from jaxwm.types import ALONE, AgentState, Shards
 
 P = PartitionSpec
 MEMBERS, DATA, SHARDS = "members", "data", "shards"
@@ -68,9 +59,9 @@ class Layout(NamedTuple):
 
     @property
     def sharing(self) -> int:
-        """Devices that share one memory: those in use, if they are the cores of a CPU."""
+        """Devices that share one memory: the cores of a CPU, which have none of their own."""
         devices = self.mesh.local_devices
-        return len(devices) if devices[0].platform == "cpu" else 1
+        return len(devices) if devices[0].memory_stats() is None else 1
 
     @property
     def members_here(self) -> int:
@@ -108,17 +99,18 @@ def layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layout:
 
 
 def _grid(count: int, config: RunConfig) -> tuple[int, int]:
-    """Among how many of so many devices shards and members are divided."""
+    """How many of `count` devices divide the shards, and the members."""
     data = math.gcd(count, config.shards)
     return data, math.gcd(count // data, config.members)
 
 
 def use_cores(config: RunConfig) -> None:
-    """Makes devices of a CPU's cores, as many as shards and members can be divided among.
+    """Makes each core of a CPU a device, up to as many as can divide shards and members.
 
-    A device on each core is busier than one device that hands out parts of every operation: small
-    ones are not worth dividing. Call it before jax is used. Where that is too late, or something
-    else says how many devices a CPU is, or processes train together, it changes nothing.
+    A device on each core keeps all cores busy, while one device divides every operation among them,
+    and small operations are not worth dividing. Call it before jax is used. It changes nothing if
+    jax has been used, if something else says how many devices a CPU is, or if processes train
+    together.
     """
     said = jax.config.values["jax_num_cpu_devices"] > 0
     said |= "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -146,8 +138,7 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
 
     Args:
       layout: where shards and members lie.
-      whole: shapes of what one member learns, if devices hold but parts of it. A pair of bins may
-        then lie on two devices, so that means are rounded as the order of adding up has it.
+      whole: shapes of what one member learns, if devices hold only parts of it.
     """
     if layout.shards == 1:
         return ALONE
@@ -159,18 +150,24 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
             x = jax.lax.all_gather(x, axis)
         return x
 
-    def mean_in_any_order(tree: Any) -> Any:
-        return _at_bins(unfold_mirrored, _pmean(_at_bins(fold_mirrored, tree), across))
-
     shards = Shards(
         own=lambda key: jax.random.fold_in(key, jax.lax.axis_index(across)),
-        mean=mean_in_any_order,
+        mean=lambda tree: jax.lax.pmean(tree, across),
         total=lambda tree: jax.lax.psum(tree, across),
         all_gather=all_gather,
     )
-    if whole is None:
-        return shards
-    count = layout.mesh.shape[DATA]
+    return shards if whole is None else _in_parts(shards, whole, here, layout.mesh.shape[DATA])
+
+
+def _in_parts(shards: Shards, whole: AgentState, here: tuple[str, ...], count: int) -> Shards:
+    """Shards on `count` devices that hold only parts of what they learn.
+
+    Args:
+      shards: how they meet if they hold all of it.
+      whole: shapes of what one member learns.
+      here: the axis of the shards on one device, if there are several.
+      count: devices.
+    """
 
     def own_slice(x: Any) -> Any:
         axis = _cut(x.shape, count)
@@ -179,9 +176,12 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
         size = x.shape[axis] // count
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(DATA) * size, size, axis)
 
-    def join(x: Any, like: Any) -> Any:
-        axis = _cut(like.shape, count)
-        return x if axis is None else jax.lax.all_gather(x, DATA, axis=axis, tiled=True)
+    def gather(tree: Any, whole: Any) -> Any:
+        def one(x: Any, shape: tuple[int, ...]) -> Any:
+            axis = _cut(shape, count)
+            return x if axis is None else jax.lax.all_gather(x, DATA, axis=axis, tiled=True)
+
+        return jax.tree.map(one, tree, shapes_in(tree, whole, count))
 
     def mean(x: Any) -> Any:
         x, axis = jax.lax.pmean(x, here), _cut(x.shape, count)
@@ -189,43 +189,66 @@ def shards_of(layout: Layout, whole: AgentState | None = None) -> Shards:
             return jax.lax.pmean(x, DATA)
         return jax.lax.psum_scatter(x, DATA, scatter_dimension=axis, tiled=True) / count
 
-    def total(number: Any, like: Any) -> Any:
-        return number if _cut(like.shape, count) is None else jax.lax.psum(number, DATA)
+    def sum_parts(numbers: Any) -> Any:
+        def one(x: Any, shape: tuple[int, ...]) -> Any:
+            return x if _cut(shape, count) is None else jax.lax.psum(x, DATA)
+
+        return jax.tree.map(one, numbers, shapes_in(numbers, whole.params))
 
     return shards._replace(
         mean=lambda tree: jax.tree.map(mean, tree),
         slice=lambda state: jax.tree.map(own_slice, state),
-        gather_params=lambda tree: jax.tree.map(join, tree, whole.params),
-        gather_slow=lambda tree: jax.tree.map(join, tree, whole.slow.params),
-        sum_parts=lambda numbers: jax.tree.map(total, numbers, whole.params),
+        gather_params=lambda tree: gather(tree, whole.params),
+        gather_rest=lambda tree: gather(tree, whole.rest),
+        sum_parts=sum_parts,
+        whole=False,
     )
 
 
-def _pmean(tree: Any, axes: tuple[str, ...]) -> Any:
-    if jax.default_backend() != "cpu":
-        return jax.lax.pmean(tree, axes)
-    # Arrays as one: on a CPU the devices meet for each, and a hundred times that takes longer than
-    # to add up a million numbers. Of single numbers XLA sees which all devices know already.
-    leaves, structure = jax.tree.flatten(tree)
-    flat, restore = ravel_pytree([x for x in leaves if x.ndim])
-    flat, numbers = jax.lax.pmean((flat, [x for x in leaves if not x.ndim]), axes)
-    arrays, numbers = iter(restore(flat)), iter(numbers)
-    means = [next(arrays if x.ndim else numbers) for x in leaves]
-    return jax.tree.unflatten(structure, means)
+def shapes_in(tree: Any, whole: Any, count: int | None = None) -> Any:
+    """The whole shape of each leaf in a part of a tree, as a tree like `tree`.
 
+    Agents pass subtrees, and optimisers for groups of parameters pass flat dicts by path, so paths
+    say which leaf is which.
 
-def _at_bins(function: Callable[[Any], Any], tree: Any) -> Any:
-    """A function of those gradients that belong to the logits of two-hot bins.
+    Args:
+      tree: a subtree of `whole`, or a dict of some of its leaves by path.
+      whole: the tree, with whole shapes.
+      count: if given, the number of devices of which `tree` holds one's part of each leaf.
 
-    Devices that pass sums on in a ring add up every part of a tensor in another order, and bins
-    of 5e8 would make values of the last bits by which pairs of gradients then differ.
+    Raises:
+      JaxwmError: if `tree` has no place in `whole`, or several with different shapes.
     """
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    known = {name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(whole)}
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    if not leaves:
+        return tree
+    names = [name(path) for path, _ in leaves]
 
-    def leaf(path: Any, x: Any) -> Any:
-        names = jax.tree_util.keystr(path, simple=True, separator="/")
-        return function(x) if re.search("(model/reward|behavior/value)/out/", names) else x
+    def fits(x: Any, shape: tuple[int, ...] | None) -> bool:
+        return shape is not None and (count is None or x.shape == _part(shape, count))
 
-    return jax.tree_util.tree_map_with_path(leaf, tree)
+    places: set[tuple[Any, ...]] = set()
+    for end in known:
+        if f"/{end}".endswith(f"/{names[0]}" if names[0] else ""):
+            prefix = end.removesuffix(names[0]) if names[0] else f"{end}/"
+            found = tuple(known.get((prefix + x).removesuffix("/")) for x in names)
+            if all(fits(x, shape) for (_, x), shape in zip(leaves, found, strict=True)):
+                places.add(found)
+    require(
+        len(places) == 1,
+        f"Devices hold parts of what the agent learns, and {len(places)} places in it fit the "
+        f"leaves {', '.join(names[:3])} of a tree. Pass subtrees of AgentState.params and "
+        "AgentState.rest.",
+    )
+    return jax.tree.unflatten(structure, list(places.pop()))
+
+
+def _part(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The shape of one device's part of a tensor."""
+    axis = _cut(shape, count)
+    return tuple(size // count if i == axis else size for i, size in enumerate(shape))
 
 
 def learned(layout: Layout, whole: AgentState) -> AgentState:
@@ -327,84 +350,3 @@ def put(tree: Any, layout: Layout, leads: PartitionSpec) -> Any:
         return jax.random.wrap_key_data(raw)
 
     return jax.tree.map(place, tree)
-
-
-def fetch(tree: Any) -> Any:
-    """Arrays from wherever they lie to numpy, whole; all processes must ask for the same."""
-
-    def whole(x: Any) -> Any:
-        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-            return jax.device_get(x)
-        return multihost_utils.process_allgather(x, tiled=True)
-
-    return jax.tree.map(whole, tree)
-
-
-def agree(number: int) -> int:
-    """What the first process says, whose clock may differ from those of others."""
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-
-
-def most(number: int) -> int:
-    """The largest of what all processes say, such as a signal that one of them was sent."""
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.process_allgather(np.int32(number)).max())
-
-
-def check_same(config: RunConfig) -> None:
-    """Refuses to train in processes that were told different things.
-
-    Raises:
-      JaxwmError: in every process, with the number of the first that differs from process 0.
-    """
-    if jax.process_count() == 1:
-        return
-    whole = json.dumps(to_dict(config), sort_keys=True).encode()
-    sums = multihost_utils.process_allgather(np.uint32(zlib.crc32(whole)))
-    other = int(np.argmax(sums != sums[0]))
-    require(
-        other == 0,
-        f"Process {other} was started with other settings than process 0. Start all with the same "
-        "command, but for --process.",
-    )
-
-
-def wait(name: str) -> None:
-    """Waits until all processes have come to the point `name`."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def join(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None
-) -> None:
-    """Makes this process one of several that train together; call it before jax is used.
-
-    SLURM, Open MPI, Kubernetes and Cloud TPU say by themselves who takes part; elsewhere every
-    process must be told.
-
-    Args:
-      coordinator: "HOST:PORT" of process 0, where all others can reach it.
-      processes: how many there are.
-      process: the number of this one, from 0.
-
-    Raises:
-      JaxwmError: if nothing says who takes part. If the others do not come, jax ends the process.
-    """
-    port = re.fullmatch(r".+:(\d+)", "any:1" if coordinator is None else coordinator)
-    require(
-        port is not None and 0 < int(port[1]) < 2**16,
-        f"The coordinator is {coordinator!r}; it should be HOST:PORT, the port 1 to 65535.",
-    )
-    print("Waiting for the other processes, five minutes at most.", file=sys.stderr, flush=True)
-    try:
-        jax.distributed.initialize(coordinator, processes, process)
-    except (ValueError, RuntimeError) as error:
-        raise JaxwmError(
-            f"This process cannot join others ({str(error).splitlines()[0]}). Outside of SLURM, "
-            "Open MPI, Kubernetes and Cloud TPU give each process --coordinator HOST:PORT, "
-            "--processes COUNT and --process NUMBER (from 0)."
-        ) from error
