@@ -26,6 +26,7 @@ from benchmarks.roofline import work
 from jaxwm import compiler, train
 from jaxwm.agent import compute_dtype
 from jaxwm.recipes import dreamer_v3
+from jaxwm.train.program import NUMBER, TRUTH
 
 
 def stages(function: Any, *args: Any) -> tuple[Any, dict[str, float]]:
@@ -55,7 +56,7 @@ def first_chunk(size: str, dtype: str, envs: int, batch: int, length: int) -> di
     config = training(size, envs, batch * length / envs, batch, length, dtype)
     program = train.build(config, 8)
     function = program.chunk.function
-    compiled, took = stages(function, program.shapes(), train.NUMBER, train.TRUTH)
+    compiled, took = stages(function, program.shapes(), NUMBER, TRUTH)
     chunk, state = train.Chunk(compiled, program.iterations), program.init()
     while int(state.clock.updates) == 0:
         state, _ = chunk(state)

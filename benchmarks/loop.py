@@ -47,7 +47,7 @@ class Run:
         start = time.perf_counter()
         self.chunk = self.program.compile()
         self.compile_seconds = time.perf_counter() - start
-        memory.check(memory.use(self.program, self.chunk, config))
+        memory.ensure_free(memory.estimate(self.program, self.chunk, config))
         self.state = self.program.init()
 
     def __call__(self) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxwm import heap
+from jaxwm.recipes import RECIPES
 from jaxwm.run import lock
 from jaxwm.run.stop import at_once
 from jaxwm.spaces import JaxwmError
@@ -138,8 +138,6 @@ def _dispatch(argv: list[str], whole: bool) -> int:
         return 0
     if name not in _COMMANDS:
         raise UsageError(_unknown(name, _COMMANDS, "command"))
-    if whole and name in ("train", "resume"):
-        heap.ask_for_large_pages()
     _keep_compiled_programs()
     # XLA's warnings: one for each array that is larger than a piece of temporary memory.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -161,12 +159,12 @@ def _train(words: list[str]) -> None:
     parser.add_argument("--tensorboard", action="store_true")
     _add_processes(parser)
     if not words or words[0] in ("-h", "--help"):
-        print(_TRAIN_HELP, end="", file=sys.stdout if words else sys.stderr)
+        text = _TRAIN_HELP + "\nrecipes:\n" + "".join(f"  {name}\n" for name in RECIPES)
+        print(text, end="", file=sys.stdout if words else sys.stderr)
         raise SystemExit(0 if words else 2)
     recipe, *words = words
-    names = [x.stem for x in (Path(__file__).parent / "recipes").glob("[!_]*.py")]
-    if recipe not in names:
-        raise UsageError(_unknown(recipe, names, "recipe"))
+    if recipe not in RECIPES:
+        raise UsageError(_unknown(recipe, RECIPES, "recipe"))
     known, words = parser.parse_known_args(words)
     wants_help = "-h" in words or "--help" in words
     if known.env is None and known.preset is None:
@@ -178,12 +176,10 @@ def _train(words: list[str]) -> None:
         known.env = "SUITE/NAME"
     if known.run is not None and known.process in (None, 0):
         lock.check(known.run)  # at once: jax takes longer to import
-    from jaxwm.recipes import recipes
-
     if not wants_help:
         _join_processes(known)
     _load_own(known.env)
-    default = recipes()[recipe](known.env, known.size, known.variant, known.preset)
+    default = RECIPES[recipe].run(known.env, known.size, known.variant, known.preset)
     config = _configure(recipe, default, words, parser.flags())
     from jaxwm.run.loop import run
 
@@ -206,9 +202,6 @@ options:
                     --coordinator HOST:PORT --processes COUNT --process NUMBER
   --steps, --seed, --seeds, --replay.train-ratio, ...
                     any entry of the configuration: jaxwm train RECIPE --help
-
-recipes:
-  dreamer_v3
 """
 
 
@@ -241,12 +234,13 @@ def _eval(words: list[str]) -> None:
     _check_range("--episodes", known.episodes, 2**31 - 1)
     _check_range("--seed", known.seed or 0, 2**32 - 1, least=0)
     _load_own(known.env)
+    from jaxwm.evaluate.final import evaluate_run, evaluation_lines
     from jaxwm.run.checkpoint import read_config
-    from jaxwm.run.loop import diverged, evaluate_run, evaluation_lines
+    from jaxwm.run.divergence import stopped_at_end
 
     returns = evaluate_run(known.run, known.episodes, known.seed)
     config = read_config(known.run)
-    print("\n".join(evaluation_lines(returns, config, diverged(known.run, config))))
+    print("\n".join(evaluation_lines(returns, config, stopped_at_end(known.run, config))))
 
 
 def _checkpoints(words: list[str]) -> None:
@@ -300,7 +294,7 @@ def _join_processes(known: argparse.Namespace) -> None:
     explicit = known.coordinator, known.processes, known.process
     if not known.distributed and explicit == (None, None, None):
         return
-    from jaxwm.train.mesh import join
+    from jaxwm.train.processes import join
 
     join(*explicit)
 
@@ -469,11 +463,8 @@ def _configure(recipe: str, default: Any, words: list[str], others: list[str]) -
 
 def _about(recipe: str) -> str:
     """What `jaxwm train RECIPE --help` says before it lists the configuration."""
-    from importlib import import_module
-
-    text = _TRAIN_HELP.partition("\n\n")[2].partition("recipes:")[0]
-    presets = import_module(f"jaxwm.recipes.{recipe}").PRESETS
-    return f"{text}presets:\n" + "".join(f"  {k:<16}  {v}\n" for k, v in presets.items())
+    text, presets = _TRAIN_HELP.partition("\n\n")[2], RECIPES[recipe].presets
+    return f"{text}\npresets:\n" + "".join(f"  {k:<16}  {v}\n" for k, v in presets.items())
 
 
 def _unboxed(text: str) -> str:

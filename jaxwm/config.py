@@ -95,6 +95,9 @@ def _refuse_constant(name: str) -> None:
 def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     """A dataclass from nested dicts.
 
+    A class may have a static method `entry_types(data)` with the types of entries that depend on
+    other entries.
+
     Args:
       cls: the dataclass to build.
       data: one entry per field, nothing else.
@@ -113,6 +116,8 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     missing = [path + name for name in names if name not in data]
     if missing:
         raise JaxwmError(f"The configuration lacks {', '.join(missing)}.")
+    if hasattr(cls, "entry_types"):
+        hints |= typing.cast(Any, cls).entry_types(data)
     values = {name: _convert(hints[name], data[name], path + name) for name in names}
     return cls(**values)
 
@@ -125,8 +130,15 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
         if dataclasses.is_dataclass(a) and type(a) is type(b):
             lines += differences(a, b, f"{path}{field.name}.")
         elif a != b:
-            lines.append(f"{path}{field.name}: {a!r} here, {b!r} there")
+            lines.append(f"{path}{field.name}: {_shown(a)} here, {_shown(b)} there")
     return lines
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: a whole table by the name of its class."""
+    if isinstance(value, Inline):
+        return str(value)
+    return f"a {type(value).__name__}" if dataclasses.is_dataclass(value) else repr(value)
 
 
 class Inline:

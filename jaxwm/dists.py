@@ -1,9 +1,10 @@
 """Distributions of latents, actions and predictions, on top of distrax.
 
-All arithmetic is float32 whatever the dtype of the inputs. Random draws are arguments:
-`sample_noise` turns standard Gumbel or normal noise into a sample, `sample_uniform` a uniform
-draw, so that noise for a whole sequence is drawn in one operation outside any scan;
-`sample(seed=...)` draws it.
+All arithmetic is float32 whatever the dtype of the inputs (`Categorical` and `Normal` keep float64,
+which jax makes only if it is asked to). Random draws are arguments:
+`sample_noise` turns the standard noise of a distribution (Gumbel, normal, for `TruncatedNormal`
+uniform) into a sample, `OneHot.sample_uniform` uniform draws, so that noise for a whole sequence is
+drawn in one operation outside any scan; `sample(seed=...)` draws it.
 Events cover the last axes: `log_prob` and `entropy` are summed over them.
 """
 
@@ -11,19 +12,22 @@ import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxwm.numerics import (
     Scalar,
     logsumexp,
     prepend_axes,
-    recall_logsumexp,
     symexp,
     symlog,
     twohot_dot,
     twohot_mean,
+    wide,
 )
 from jaxwm.types import JaxwmError, Key
+
+sg = jax.lax.stop_gradient
 
 # Log-probability of a class that does not exist: exp gives exactly 0, and products with
 # that 0 stay finite, in gradients too (minus infinity would give NaN).
@@ -34,7 +38,7 @@ def _log_mixture(
     logits: Array, unimix: Scalar, mask: Array | np.ndarray | None = None
 ) -> tuple[Array, Array]:
     """Logs and values of `(1 - unimix) * softmax + unimix * uniform` over existing classes."""
-    logits = logits.astype(jnp.float32)
+    logits = wide(logits)
     if mask is not None:
         mask = prepend_axes(jnp.asarray(mask), logits.ndim)
         logits = jnp.where(mask, logits, ABSENT)
@@ -184,7 +188,7 @@ class Categorical(_Distribution):
 
     def sample_noise(self, gumbel: Float[Array, "*batch K"]) -> Int[Array, "*batch"]:
         """Index of the largest `logprobs + gumbel`, int32."""
-        noisy = prepend_axes(self.logprobs, gumbel.ndim) + gumbel.astype(jnp.float32)
+        noisy = prepend_axes(self.logprobs, gumbel.ndim) + wide(gumbel)
         return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
 
     def _sample_n(self, key: Key, n: int) -> Int[Array, "n *batch"]:
@@ -209,19 +213,12 @@ class TwoHot(_Distribution):
     Args:
       logits: (..., n) unnormalised log-probabilities of the bins.
       bins: (n,) positions, ascending and mirrored about zero, as from `symexp_bins`.
-      total: (...) `total()` of another distribution of the same logits: it is not computed again.
 
     Source: "Critic learning" in DreamerV3 (arXiv:2301.04104).
     """
 
-    def __init__(
-        self,
-        logits: Float[Array, "*batch n"],
-        bins: Float[Array, " n"],
-        total: Float[Array, "*batch"] | None = None,
-    ):
-        self.logits = logits.astype(jnp.float32)
-        self.bins, self._total = bins, total
+    def __init__(self, logits: Float[Array, "*batch n"], bins: Float[Array, " n"]):
+        self.logits, self.bins = logits.astype(jnp.float32), bins
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -231,15 +228,10 @@ class TwoHot(_Distribution):
         return self.bins[jax.random.categorical(key, self.logits, shape=(n, *self._shape))]
 
     def log_prob(self, value: Num[Array, "*batch"]) -> Float[Array, "*batch"]:
-        # The weights add up to 1, so that the normaliser can be taken out of the sum.
+        # The weights add up to 1, so the normaliser can be taken out of the sum.
         logits = jnp.broadcast_to(self.logits, (*value.shape, self.logits.shape[-1]))
-        return twohot_dot(logits, value, self.bins) - prepend_axes(self.total(), value.ndim)
-
-    def total(self) -> Float[Array, "*batch"]:
-        """The logarithm of what normalises the exponentials of the logits."""
-        if self._total is None:
-            return logsumexp(self.logits)
-        return recall_logsumexp(self._total, self.logits)
+        total = prepend_axes(logsumexp(self.logits), value.ndim)
+        return twohot_dot(logits, value, self.bins) - total
 
     def mean(self) -> Float[Array, "*batch"]:
         """Expected bin position; exactly 0 for uniform logits."""
@@ -250,8 +242,59 @@ class TwoHot(_Distribution):
         return self.mean()
 
 
-class BoundedNormal(_Distribution):
-    """Diagonal normal with a mean in (-1, 1) and a bounded standard deviation.
+class Normal(_Distribution):
+    """Independent normals.
+
+    Args:
+      loc: (..., *event) means.
+      scale: (..., *event) standard deviations, positive.
+      event_ndims: number of event axes, those of the space's shape.
+    """
+
+    def __init__(
+        self, loc: Float[Array, "*batch"], scale: Float[Array, "*batch"], event_ndims: int = 1
+    ):
+        self.loc, self.scale = wide(loc), wide(scale)
+        self.event_ndims = event_ndims
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.loc.shape
+
+    def sample_noise(self, normal: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """`mean + std * normal`; gradients flow into both parameters."""
+        loc, scale = (prepend_axes(x, normal.ndim) for x in (self.loc, self.scale))
+        return loc + scale * wide(normal)
+
+    def _sample_n(self, key: Key, n: int) -> Float[Array, "n *batch"]:
+        return self.sample_noise(jax.random.normal(key, (n, *self._shape)))
+
+    def log_prob(self, value: Float[Array, "*batch"]) -> Float[Array, "..."]:
+        loc, scale = (prepend_axes(x, value.ndim) for x in (self.loc, self.scale))
+        error = (wide(value) - loc) / scale
+        return -self._sum(0.5 * jnp.square(error) + jnp.log(scale) + 0.5 * np.log(2 * np.pi))
+
+    def entropy(self) -> Float[Array, "..."]:
+        return self._sum(jnp.log(self.scale) + 0.5 * np.log(2 * np.pi * np.e))
+
+    def kl_divergence(self, other_dist: "Normal") -> Float[Array, "..."]:
+        """KL(self || other_dist) in nats; gradients flow into both."""
+        ratio = self.scale / other_dist.scale
+        shift = (self.loc - other_dist.loc) / other_dist.scale
+        return 0.5 * self._sum(jnp.square(ratio) + jnp.square(shift) - 1 - 2 * jnp.log(ratio))
+
+    def stddev(self) -> Float[Array, "*batch"]:
+        return self.scale
+
+    def mean(self) -> Float[Array, "*batch"]:
+        return self.loc
+
+    def mode(self) -> Float[Array, "*batch"]:
+        return self.loc
+
+
+class BoundedNormal(Normal):
+    """Independent normals with means in (-1, 1) and bounded standard deviations.
 
     `mean = tanh(mean_raw)`, `std = (max_std - min_std) * sigmoid(std_raw + 2) + min_std`.
     Samples are not squashed and may leave [-1, 1].
@@ -274,39 +317,290 @@ class BoundedNormal(_Distribution):
         max_std: float = 1.0,
         event_ndims: int = 1,
     ):
-        self.loc = jnp.tanh(mean_raw.astype(jnp.float32))
-        share = jax.nn.sigmoid(std_raw.astype(jnp.float32) + 2.0)
-        self.scale = (max_std - min_std) * share + min_std
+        share = jax.nn.sigmoid(wide(std_raw) + 2.0)
+        scale = (max_std - min_std) * share + min_std
+        super().__init__(jnp.tanh(wide(mean_raw)), scale, event_ndims)
+
+
+class UnitNormal(_Distribution):
+    """Independent normals of variance one around predicted means.
+
+        log_prob(x) = -sum((x - mean)^2 + log(2 pi)) / 2
+
+    Samples are the mean: nobody models the noise.
+
+    Args:
+      loc: (..., *event) predicted means.
+      event_ndims: number of event axes, those of the space's shape.
+    """
+
+    def __init__(self, loc: Float[Array, "*batch"], event_ndims: int = 1):
+        self.loc = loc.astype(jnp.float32)
         self.event_ndims = event_ndims
 
     @property
     def _shape(self) -> tuple[int, ...]:
         return self.loc.shape
 
+    def _sample_n(self, key: Key, n: int) -> Num[Array, "n *batch"]:
+        del key
+        return jnp.broadcast_to(self.mode(), (n, *self._shape))
+
+    def log_prob(self, value: Num[Array, "*batch"]) -> Float[Array, "..."]:
+        error = prepend_axes(self.loc, value.ndim) - value.astype(jnp.float32)
+        return -0.5 * self._sum(jnp.square(error) + np.log(2 * np.pi))
+
+    def mean(self) -> Float[Array, "*batch"]:
+        return self.loc
+
+    def mode(self) -> Num[Array, "*batch"]:
+        return self.loc
+
+
+class TanhNormal(_Distribution):
+    """Independent normals squashed into (-1, 1): the actions of Dreamer V1.
+
+        a = tanh(x),   x ~ Normal(loc, scale)
+        log p(a) = log Normal(x; loc, scale) - 2 * (log(2) - x - softplus(-2 x))
+
+    The entropy has no closed form, and the density of a wide normal is largest at the ends of the
+    range: both are estimated from draws, by `entropy_noise` and `mode_noise`.
+
+    Args:
+      loc: (..., *event) means before the tanh.
+      scale: (..., *event) standard deviations before the tanh, positive.
+      event_ndims: number of event axes, those of the space's shape.
+
+    Source: "Action model" in Dreamer (arXiv:1912.01603) and its code.
+    """
+
+    def __init__(
+        self, loc: Float[Array, "*batch"], scale: Float[Array, "*batch"], event_ndims: int = 1
+    ):
+        self.normal = Normal(loc, scale, event_ndims)
+        self.event_ndims = event_ndims
+
+    @classmethod
+    def from_raw(
+        cls,
+        mean_raw: Float[Array, "*batch"],
+        std_raw: Float[Array, "*batch"],
+        init_std: Scalar = 5.0,
+        event_ndims: int = 1,
+    ) -> "TanhNormal":
+        """From a network's output, see Dreamer V1.
+
+        `loc = 5 tanh(mean_raw / 5)`, `scale = softplus(std_raw + log(exp(init_std) - 1)) + 1e-4`.
+
+        Args:
+          mean_raw: (..., *event) output for the mean.
+          std_raw: (..., *event) output for the standard deviation.
+          init_std: the standard deviation where `std_raw` is 0.
+          event_ndims: number of event axes.
+        """
+        shift = jnp.log(jnp.expm1(jnp.asarray(init_std, jnp.float32)))
+        scale = jax.nn.softplus(wide(std_raw) + shift) + 1e-4
+        return cls(5 * jnp.tanh(wide(mean_raw) / 5), scale, event_ndims)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.normal._shape
+
     def sample_noise(self, normal: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-        """`mean + std * normal`; gradients flow into both parameters."""
-        loc, scale = (prepend_axes(x, normal.ndim) for x in (self.loc, self.scale))
-        return loc + scale * normal.astype(jnp.float32)
+        """`tanh(mean + std * normal)`; gradients flow into both parameters."""
+        return jnp.tanh(self.normal.sample_noise(normal))
 
     def _sample_n(self, key: Key, n: int) -> Float[Array, "n *batch"]:
         return self.sample_noise(jax.random.normal(key, (n, *self._shape)))
 
     def log_prob(self, value: Float[Array, "*batch"]) -> Float[Array, "..."]:
-        loc, scale = (prepend_axes(x, value.ndim) for x in (self.loc, self.scale))
-        error = (value.astype(jnp.float32) - loc) / scale
-        return -self._sum(0.5 * jnp.square(error) + jnp.log(scale) + 0.5 * np.log(2 * np.pi))
+        """Of actions in [-1, 1]; those at the ends count as the nearest numbers inside."""
+        return self._log_prob_before(self.before(value))
 
-    def entropy(self) -> Float[Array, "..."]:
-        return self._sum(jnp.log(self.scale) + 0.5 * np.log(2 * np.pi * np.e))
+    def before(self, value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """What the tanh turned into actions in [-1, 1]."""
+        most = 0.99999994  # the largest float32 below 1
+        return jnp.arctanh(jnp.clip(wide(value), -most, most))
 
-    def stddev(self) -> Float[Array, "*batch"]:
-        return self.scale
+    def stretch(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """The logarithm of the derivative of tanh, without loss where that is almost 0."""
+        return 2 * (np.log(2.0) - x - jax.nn.softplus(-2 * x))
 
-    def mean(self) -> Float[Array, "*batch"]:
-        return self.loc
+    def _log_prob_before(self, x: Float[Array, "*batch"]) -> Float[Array, "..."]:
+        """The log-density at `tanh(x)`, also where that is 1 to rounding."""
+        return self.normal.log_prob(x) - self._sum(self.stretch(x))
+
+    def entropy_noise(self, normal: Float[Array, "n *batch"]) -> Float[Array, "..."]:
+        """The entropy estimated from n samples, the negative mean of their log-densities."""
+        return -self._log_prob_before(self.normal.sample_noise(normal)).mean(0)
+
+    def mode_noise(self, normal: Float[Array, "n *batch"]) -> Float[Array, "*batch"]:
+        """Of n samples the most likely one, for every batch entry by itself."""
+        index = self.most_likely(normal)
+        index = index.reshape(1, *index.shape, *(1,) * self.event_ndims)
+        return jnp.take_along_axis(self.sample_noise(normal), index, 0)[0]
+
+    def most_likely(self, normal: Float[Array, "n *batch"]) -> Int[Array, "..."]:
+        """Which of n samples has the largest density, for every batch entry."""
+        return jnp.argmax(self._log_prob_before(self.normal.sample_noise(normal)), 0)
 
     def mode(self) -> Float[Array, "*batch"]:
-        return self.loc
+        """The median, `tanh(loc)`, which needs no draws; see `mode_noise`."""
+        return jnp.tanh(self.normal.loc)
+
+
+class TruncatedNormal(_Distribution):
+    """Independent normals cut off at -1 and 1: the continuous actions of Dreamer V2.
+
+        a = loc + scale * z,   z = Phi^-1(Phi(lo) + u * (Phi(hi) - Phi(lo)))
+
+    with lo and hi the ends in units of `scale` from `loc`, and u uniform. Actions are kept 1e-6
+    away from the ends.
+
+    The gradient of a sample is the one that the authors' code has in fact: `da/dloc = 1` and
+    `da/dscale = z`, as if nothing was cut off. `implicit` gives the exact one, in which
+    `phi(z) dz = (1 - u) phi(lo) dlo + u phi(hi) dhi`.
+
+    Args:
+      loc: (..., *event) means before the cut, in [-1, 1].
+      scale: (..., *event) standard deviations before the cut, positive.
+      event_ndims: number of event axes, those of the space's shape.
+      implicit: whether samples have the exact gradient.
+
+    Source: DreamerV2 (arXiv:2010.02193) and its code; "Implicit Reparameterization Gradients"
+    (arXiv:1805.08498).
+    """
+
+    def __init__(
+        self,
+        loc: Float[Array, "*batch"],
+        scale: Float[Array, "*batch"],
+        event_ndims: int = 1,
+        implicit: bool = False,
+    ):
+        self.loc, self.scale = wide(loc), wide(scale)
+        self.event_ndims, self.implicit = event_ndims, implicit
+
+    @classmethod
+    def from_raw(
+        cls,
+        mean_raw: Float[Array, "*batch"],
+        std_raw: Float[Array, "*batch"],
+        min_std: Scalar = 0.1,
+        shift: Scalar = 0.0,
+        event_ndims: int = 1,
+        implicit: bool = False,
+    ) -> "TruncatedNormal":
+        """From a network's output, see Dreamer V2.
+
+        `loc = tanh(mean_raw)`, `scale = 2 sigmoid((std_raw + shift) / 2) + min_std`.
+
+        Args:
+          mean_raw: (..., *event) output for the mean.
+          std_raw: (..., *event) output for the standard deviation.
+          min_std: smallest standard deviation.
+          shift: added to `std_raw`.
+          event_ndims: number of event axes.
+          implicit: whether samples have the exact gradient.
+        """
+        scale = 2 * jax.nn.sigmoid((wide(std_raw) + shift) / 2) + min_std
+        return cls(jnp.tanh(wide(mean_raw)), scale, event_ndims, implicit)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.loc.shape
+
+    @property
+    def _ends(self) -> tuple[Array, Array]:
+        """The ends of the range in units of `scale` from `loc`."""
+        return (-1 - self.loc) / self.scale, (1 - self.loc) / self.scale
+
+    def sample_noise(self, uniform: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """Actions from uniform draws in [0, 1), with the gradient told above."""
+        lo, hi, loc, scale = (
+            prepend_axes(x, uniform.ndim) for x in (*self._ends, self.loc, self.scale)
+        )
+        below, above = ndtr(lo), ndtr(hi)
+        z = sg(jnp.clip(ndtri(below + uniform * (above - below)), lo, hi))
+        if self.implicit:
+            density = lambda x: sg(jnp.exp((jnp.square(z) - jnp.square(x)) / 2))  # noqa: E731
+            z += (1 - uniform) * density(lo) * (lo - sg(lo)) + uniform * density(hi) * (hi - sg(hi))
+        action = loc + scale * z
+        inside = jnp.clip(action, -1 + 1e-6, 1 - 1e-6)
+        return action + sg(inside - action)
+
+    def _sample_n(self, key: Key, n: int) -> Float[Array, "n *batch"]:
+        return self.sample_noise(jax.random.uniform(key, (n, *self._shape)))
+
+    def _log_mass(self) -> Float[Array, "*batch"]:
+        """The logarithm of the normals' probability to lie between the ends."""
+        lo, hi = self._ends
+        return jnp.log(ndtr(hi) - ndtr(lo))
+
+    def log_prob(self, value: Float[Array, "*batch"]) -> Float[Array, "..."]:
+        """Of actions in [-1, 1]; elsewhere it would be minus infinity, which is not checked."""
+        loc, scale, mass = (
+            prepend_axes(x, value.ndim) for x in (self.loc, self.scale, self._log_mass())
+        )
+        z = (wide(value) - loc) / scale
+        return -self._sum(0.5 * jnp.square(z) + 0.5 * np.log(2 * np.pi) + jnp.log(scale) + mass)
+
+    def entropy(self) -> Float[Array, "..."]:
+        lo, hi = self._ends
+        density = lambda x: jnp.exp(-0.5 * jnp.square(x)) / np.sqrt(2 * np.pi)  # noqa: E731
+        mass = self._log_mass()
+        cut = (lo * density(lo) - hi * density(hi)) / (2 * jnp.exp(mass))
+        return self._sum(0.5 * np.log(2 * np.pi * np.e) + jnp.log(self.scale) + mass + cut)
+
+    def mode(self) -> Float[Array, "*batch"]:
+        return jnp.clip(self.loc, -1, 1)
+
+
+class OneHotAction(_Distribution):
+    """Choices as one-hot vectors, through which gradients flow: discrete actions in a dream.
+
+    Args:
+      logits: (..., *event, K) unnormalised log-probabilities.
+      mask: (*event, K) classes that exist, see `Categorical`; None if all do.
+      event_ndims: number of event axes, K excluded: those of the space's shape.
+
+    Source: DreamerV2 (arXiv:2010.02193) and its code.
+    """
+
+    def __init__(
+        self,
+        logits: Float[Array, "*batch K"],
+        mask: Bool[Array, "..."] | Bool[np.ndarray, "..."] | None = None,
+        event_ndims: int = 0,
+    ):
+        self.choice = Categorical(logits, mask, event_ndims=event_ndims)
+        self.event_ndims = event_ndims + 1
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.choice.logprobs.shape
+
+    @property
+    def probs(self) -> Float[Array, "*batch K"]:
+        return self.choice.probs
+
+    def sample_noise(self, gumbel: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
+        """One-hot of `argmax(logprobs + gumbel)`, with the gradient of the probabilities."""
+        hard = jax.nn.one_hot(self.choice.sample_noise(gumbel), self._shape[-1])
+        return hard + prepend_axes(self.probs - sg(self.probs), hard.ndim)
+
+    def _sample_n(self, key: Key, n: int) -> Float[Array, "n *batch K"]:
+        return self.sample_noise(jax.random.gumbel(key, (n, *self._shape)))
+
+    def log_prob(self, value: Num[Array, "*batch K"]) -> Float[Array, "..."]:
+        """Of one-hot vectors, into which no gradient flows."""
+        return self._sum(sg(value) * prepend_axes(self.choice.logprobs, value.ndim))
+
+    def entropy(self) -> Float[Array, "..."]:
+        return self.choice.entropy()
+
+    def mode(self) -> Float[Array, "*batch K"]:
+        return jax.nn.one_hot(self.choice.mode(), self._shape[-1])
 
 
 class SoftBernoulli(_Distribution):

@@ -27,6 +27,11 @@ def prepend_axes(x: Shaped[Array, "..."], ndim: int) -> Shaped[Array, "..."]:
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
+def wide(x: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x` in float32; float64 stays, which jax makes only if it is asked to."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _odd(function: Callable[[Array], Array], x: Array) -> Array:
     """`function(|x|)` with the sign of x; unlike `sign(x) * f(abs(x))` smooth at zero."""
     x = x.astype(jnp.float32)
@@ -158,20 +163,6 @@ def logsumexp(logits: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
     """`log(sum(exp(logits)))` over the last axis, which must be finite."""
     peak = _peak(logits)
     return jnp.log(jnp.sum(jnp.exp(logits - peak), -1)) + peak[..., 0]
-
-
-@jax.custom_vjp
-def recall_logsumexp(
-    known: Float[Array, "*batch"], logits: Float[Array, "*batch n"]
-) -> Float[Array, "*batch"]:
-    """`known`, which is `logsumexp(logits)` from before, with the gradient of computing it."""
-    return known
-
-
-recall_logsumexp.defvjp(
-    lambda known, logits: (known, (known, logits)),
-    lambda saved, grad: (None, grad[..., None] * jnp.exp(saved[1] - saved[0][..., None])),
-)
 
 
 def _peak(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
@@ -422,3 +413,63 @@ def moments_scale(state: Moments, limit: float = 1e-8) -> Float[Array, ""]:
     """
     variance = state.square - jnp.square(state.mean)
     return jnp.maximum(limit, jnp.sqrt(jnp.maximum(variance, 0.0)))
+
+
+class Running(NamedTuple):
+    """Number, mean and population variance of everything seen, per entry."""
+
+    count: Float[Array, ""]
+    mean: Float[Array, "..."]
+    variance: Float[Array, "..."]
+
+
+def running_init(shape: tuple[int, ...] = ()) -> Running:
+    """The state before any batch: mean 0 and variance 1, which count for nothing."""
+    return Running(jnp.zeros(()), jnp.zeros(shape), jnp.ones(shape))
+
+
+def running_update(
+    state: Running,
+    x: Num[Array, "N *shape"],
+    weight: Float[Array, " N"],
+    total: Callable[[Array], Array] = lambda sums: sums,
+) -> Running:
+    """Adds a batch to the statistics.
+
+    Args:
+      state: the statistics so far.
+      x: the batch, of any size.
+      weight: how often each entry counts, 0 for not at all.
+      total: sums over the shards of a training, whose batches are added together.
+
+    Returns:
+      The new state, as if all batches had been one; unchanged if all weights are 0.
+
+    Source: Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983).
+    """
+    each = weight.reshape(-1, *(1,) * (x.ndim - 1))
+    off = wide(x) - state.mean[None]
+    new = total(jnp.sum(weight))
+    least = jnp.maximum(new, 1e-8)
+    shift = total(jnp.sum(each * off, 0)) / least
+    spread = total(jnp.sum(each * jnp.square(off - shift[None]), 0))
+    count = state.count + new
+    share = new / jnp.maximum(count, 1e-8)
+    between = jnp.square(shift) * state.count * share
+    variance = (state.variance * state.count + spread + between) / jnp.maximum(count, 1e-8)
+    variance = jnp.where(count > 0, variance, state.variance)
+    return Running(count, state.mean + shift * share, variance)
+
+
+def running_normalize(
+    state: Running, x: Num[Array, "*lead"], limit: float = 10.0
+) -> Float[Array, "*lead"]:
+    """`(x - mean) / sqrt(variance + 1e-8)`, clipped to -limit..limit.
+
+    Args:
+      state: the statistics.
+      x: numbers whose last axes are those of the statistics.
+      limit: largest magnitude of the result.
+    """
+    mean, variance = (prepend_axes(part, x.ndim) for part in (state.mean, state.variance))
+    return jnp.clip((wide(x) - mean) / jnp.sqrt(variance + 1e-8), -limit, limit)

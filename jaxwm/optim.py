@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxwm.config import Inline, at_least, positive, require, unchecked
-from jaxwm.numerics import Scalar
+from jaxwm.numerics import Scalar, wide
 from jaxwm.types import JaxwmError, Params
 
 T = TypeVar("T")
@@ -123,10 +123,10 @@ def value_at(number: Number | Scalar, count: Int[Array, ""] | int) -> Scalar:
     )
     # At least one: a run may end during its warmup.
     move = _move(number, max(1, number.updates - number.warmup))
-    if number.warmup == 0:
-        return move(count)
-    rise = optax.linear_schedule(0.0, number.start, number.warmup)
-    return optax.join_schedules([rise, move], [number.warmup])(count)
+    if number.warmup:
+        rise = optax.linear_schedule(0.0, number.start, number.warmup)
+        move = optax.join_schedules([rise, move], [number.warmup])
+    return jnp.asarray(move(count), jnp.float32)
 
 
 def _move(number: Schedule, duration: int) -> optax.Schedule:
@@ -253,8 +253,8 @@ class AdamConfig:
 
 
 def square_sums(tree: Params) -> Params:
-    """The sum of squares over all entries of each tensor, in float32."""
-    return jax.tree.map(lambda x: jnp.sum(jnp.square(x.astype(jnp.float32))), tree)
+    """The sum of squares over all entries of each tensor, in float32 (of float64 in float64)."""
+    return jax.tree.map(lambda x: jnp.sum(jnp.square(wide(x))), tree)
 
 
 def global_norm(
@@ -390,7 +390,7 @@ def _rate(learning_rate: Number | Scalar, warmup_steps: int) -> optax.Schedule:
     if not isinstance(learning_rate, Schedule):
         return warmup(learning_rate, warmup_steps)
     whole = unchecked(learning_rate, warmup=learning_rate.warmup or warmup_steps)
-    return lambda count: value_at(whole, count)
+    return lambda count: value_at(whole, jnp.asarray(count))
 
 
 def laprop(
@@ -504,6 +504,24 @@ def scale_by_adam_tf(
     return optax.GradientTransformation(init, update)
 
 
+def clipped_adam(
+    clip: Scalar = 0.5,
+    eps: float = 1e-5,
+    square_sums: Callable[[Params], Params] = square_sums,
+) -> optax.GradientTransformation:
+    """Clipping by the global norm and the textbook's Adam (arXiv:1412.6980), without a step size.
+
+    Args:
+      clip: see `clip_by_global_norm`.
+      eps: added to the root of the unbiased mean square gradient.
+      square_sums: see `global_norm`.
+
+    Returns:
+      A transformation that gives what to subtract from the parameters, in units of the step size.
+    """
+    return optax.chain(clip_by_global_norm(clip, square_sums), optax.scale_by_adam(eps=eps))
+
+
 def decay_weights(rate: Scalar) -> optax.GradientTransformation:
     """Take a share of every parameter away: `update <- update - rate * p`.
 
@@ -591,15 +609,16 @@ def grouped(groups: Mapping[str, optax.GradientTransformation]) -> optax.Gradien
     def init(params: Params) -> dict[str, Any]:
         return {group: groups[group].init(part) for group, part in split(params).items()}
 
-    def update(updates: Params, state: dict[str, Any], params: Params | None = None) -> Any:
-        values = split(updates), dict.fromkeys(groups) if params is None else split(params)
-        results = {
-            group: groups[group].update(values[0][group], state[group], values[1][group])
-            for group in groups
-        }
-        flat = {name: leaf for part, _ in results.values() for name, leaf in part.items()}
+    def update(updates: Params, state: Any, params: Params | None = None) -> Any:
+        given, values = split(updates), None if params is None else split(params)
+        flat, after = {}, {}
+        for group, optimizer in groups.items():
+            part = None if values is None else values[group]
+            new: Any
+            new, after[group] = optimizer.update(given[group], state[group], part)
+            flat |= new
         whole = jax.tree_util.tree_map_with_path(lambda path, _: flat[_name(path)], updates)
-        return whole, {group: state for group, (_, state) in results.items()}
+        return whole, after
 
     return optax.GradientTransformation(init, update)
 

@@ -1,10 +1,8 @@
-"""A trained agent as something to act with, on numpy arrays, outside of any compiled program.
-
-Three lines use it:
+"""A trained agent to act with on numpy arrays, outside of any compiled program.
 
     policy = jaxwm.load("runs/demo")
-    action, state = policy.act(obs)           # begins an episode
-    action, state = policy.act(obs, state)    # goes on with it
+    action, state = policy.act(obs)           # starts an episode
+    action, state = policy.act(obs, state)    # continues it
 """
 
 from pathlib import Path
@@ -14,21 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm.agent import Agent, make_agent
 from jaxwm.config import require
 from jaxwm.envs import wrappers
-from jaxwm.recipes import RunConfig, sweep
+from jaxwm.recipes import RunConfig, agent_of, sweep
 from jaxwm.run import checkpoint, weights
 from jaxwm.types import (
     Action,
+    Agent,
     Array,
     Box,
     Env,
     HostEnv,
     JaxwmError,
     Key,
-    Latent,
+    Mode,
     Params,
+    PyTree,
     Space,
     Step,
     is_image,
@@ -40,11 +39,11 @@ from jaxwm.types import (
 class PolicyState(NamedTuple):
     """What a policy carries from one row to the next; leading axis B, 1 for a single row.
 
-    Where `is_first` is set, the next observation begins an episode and the rest is forgotten:
-    `state._replace(is_first=ended)` restarts some of a batch.
+    Where `is_first` is set, the next observation starts an episode, and the agent forgets the
+    carry: `state._replace(is_first=ended)` restarts some episodes of a batch.
     """
 
-    latent: Latent
+    carry: PyTree
     action: Action
     key: Key
     is_first: Array  # (B,)
@@ -57,10 +56,18 @@ class Policy:
       agent: the agent.
       params: its parameters.
       env: a single environment, for its spaces.
-      seed: determines the random draws of latents and actions.
+      seed: determines the random draws.
+      mode: "sample" draws from the agent's policy, "greedy" takes its mode.
     """
 
-    def __init__(self, agent: Agent, params: Params, env: Env | HostEnv, seed: int = 0):
+    def __init__(
+        self,
+        agent: Agent,
+        params: Params,
+        env: Env | HostEnv,
+        seed: int = 0,
+        mode: Mode = "sample",
+    ):
         self.obs_space, self.action_space = env.obs_space, env.action_space
         self._agent, self._params, self._seed = agent, params, seed
 
@@ -75,10 +82,10 @@ class Policy:
             no = jnp.zeros_like(state.is_first)
             reward = jnp.zeros(no.shape)
             row = Step(state.action, obs, reward, state.is_first, no, no)
-            latent, action = agent.act(params, state.latent, row, key_act)
-            # The model knows actions as they were drawn, environments clip them.
+            carry, action, _ = agent.act(params, state.carry, row, key_act, mode)
+            # The model learned from actions as they were drawn; environments clip them.
             clipped = wrappers.map_spaces(clip, self.action_space, action)
-            return clipped, PolicyState(latent, action, key, no)
+            return clipped, PolicyState(carry, action, key, no)
 
         self._act = jax.jit(act)
 
@@ -93,13 +100,13 @@ class Policy:
         """The action at an observation.
 
         Args:
-          obs: an array per observation key, or the array itself if there is only one key; one
-            observation, or a batch of them with a leading axis.
-          state: what the call before returned; None begins an episode.
+          obs: an array per observation key, or the array itself if there is only one key; a single
+            observation, or a batch with a leading axis.
+          state: what the previous call returned; None starts an episode.
 
         Returns:
-          The action, in numpy, with a leading axis if `obs` has one; boxes lie in [-1, 1], but
-          for those of a space without bounds. And the state for the next call.
+          The action as numpy arrays, with a leading axis if `obs` has one; boxes with bounds lie in
+          [-1, 1]. And the state for the next call.
 
         Raises:
           JaxwmError: if the observation does not fit the space, or the state the observation.
@@ -109,21 +116,22 @@ class Policy:
         require(
             before.is_first.shape == (batch or 1,),
             f"The observation is a batch of {batch or 1} and the state one of "
-            f"{before.is_first.shape[0]}. Begin the episodes anew with policy.act(obs).",
+            f"{before.is_first.shape[0]}. Start new episodes with policy.act(obs).",
         )
         action, after = self._act(self._params, arrays, before)
         action = jax.tree.map(np.asarray, action)
         return action if batch else jax.tree.map(lambda x: np.asarray(x[0]), action), after
 
 
-def load(run: str | Path, seed: int = 0, member: int = 0) -> Policy:
-    """The policy of a run's newest checkpoint, or of weights that were exported from one.
+def load(run: str | Path, seed: int = 0, member: int = 0, mode: Mode = "sample") -> Policy:
+    """The policy of a run's newest checkpoint, or of exported weights.
 
     Args:
       run: the run's folder, or one that `jaxwm checkpoints RUN export` wrote.
-      seed: determines the random draws of latents and actions.
-      member: which of those that were trained side by side, counted from 0: setting by setting
-        of a sweep, each with all its seeds.
+      seed: determines the random draws.
+      member: which of the members trained side by side, counted from 0: sorted by the settings of a
+        sweep, each setting with all its seeds.
+      mode: "sample" draws from the agent's policy, "greedy" takes its mode.
 
     Returns:
       A `Policy`.
@@ -138,9 +146,8 @@ def load(run: str | Path, seed: int = 0, member: int = 0) -> Policy:
         f"must be 0 to {config.members - 1}.",
     )
     env, members = trained(Path(run), config)
-    alone = sweep.member(config, member)
-    agent = make_agent(alone.agent, env.obs_space, env.action_space)
-    return Policy(agent, members[member], env, seed)
+    agent = agent_of(sweep.member(config, member), env.obs_space, env.action_space)
+    return Policy(agent, members[member], env, seed, mode)
 
 
 def trained(run: Path, config: RunConfig) -> tuple[Env | HostEnv, list[Params]]:
@@ -150,11 +157,11 @@ def trained(run: Path, config: RunConfig) -> tuple[Env | HostEnv, list[Params]]:
         params = weights.read(run, like)
     else:
         params, _ = checkpoint.restore_params(run, like, config)
-    return env, apart(params, config.members)
+    return env, split_members(params, config.members)
 
 
-def apart(tree: Any, members: int) -> list[Any]:
-    """What each member has, from what a program of so many has."""
+def split_members(tree: Any, members: int) -> list[Any]:
+    """The tree of each member, from one whose leaves lead with an axis of members."""
     if members == 1:
         return [tree]
     return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(members)]

@@ -1,8 +1,10 @@
-"""Lambda-returns of one sequence; `vmap` adds batches, trajectories and seeds.
+"""Returns and advantages of one sequence; `vmap` adds batches, trajectories and seeds.
 
-Both functions are the linear recursion `G_k = a_k + b_k * G_{k+1}`, solved by an
+Every function here is the linear recursion `G_k = a_k + b_k * G_{k+1}`, solved by an
 associative scan: logarithmic depth instead of one device loop iteration per time step.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -117,3 +119,66 @@ def replay_lambda_return(
     mix = lambda_ * (1 - is_last[1:].astype(jnp.float32))
     offset = reward[1:] + live * (1 - mix) * bootstrap[1:]
     return _backwards(offset, live * mix, bootstrap[-1])
+
+
+def generalized_advantage(
+    reward: Float[Array, " R"],
+    is_first: Bool[Array, " R"],
+    is_last: Bool[Array, " R"],
+    is_terminal: Bool[Array, " R"],
+    value: Float[Array, " R"],
+    discount: Scalar = 0.99,
+    lambda_: Scalar = 0.95,
+    truncation: Literal["bootstrap", "terminal"] = "bootstrap",
+) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
+    """Generalised advantage of the actions taken at rows 0..T-1, of T + 1 rows.
+
+    With `d_t = discount * (1 - is_terminal_t)` and `l_t = lambda * (1 - is_last_t)`,
+    backwards from `A_T = 0`,
+
+        A_t = r_{t+1} + d_{t+1} * v_{t+1} - v_t + discount * l_{t+1} * A_{t+1}.
+
+    At an episode cut short the value of its last row stands for the unseen rest. The step from
+    the last row of an episode to the first row of the next one is none that the agent chose: its
+    advantage and its weight are 0, and nothing flows across it. The target of the critic is
+    `advantage + value[:-1]`.
+
+    Args:
+      reward: reward received on arriving in each row, in environment units.
+      is_first: rows that begin an episode. The row before one ends an episode, whether it says
+        so or not: an abandoned episode is one cut short.
+      is_last: rows that end an episode.
+      is_terminal: rows without a future.
+      value: value estimates of all rows, in the units of `reward`.
+      discount: discount per row in [0, 1].
+      lambda_: mixing weight in [0, 1]; 0 is the one-step error, 1 the sum of all rewards to come.
+      truncation: "terminal" treats episodes cut short like terminal ones, as many public
+        implementations of PPO do.
+
+    Returns:
+      Advantages of rows 0..T-1, and weights: 1 for real steps, 0 for those between episodes.
+      Gradients flow into `reward` and `value`: stop them at the call site where the advantage is
+      a constant.
+
+    Raises:
+      JaxwmError: if the sequences are not 1-D, equally long and of two rows or more.
+
+    Source: arXiv:1506.02438, equations 11 to 16.
+    """
+    _check(
+        "generalized_advantage",
+        2,
+        reward=reward,
+        is_first=is_first,
+        is_last=is_last,
+        is_terminal=is_terminal,
+        value=value,
+    )
+    last = is_last | jnp.concatenate([is_first[1:], jnp.zeros_like(is_first[:1])])
+    ended = last if truncation == "terminal" else is_terminal
+    error = reward[1:] + jnp.where(ended[1:], 0.0, discount) * value[1:] - value[:-1]
+    factor = jnp.where(last[1:], 0.0, discount * lambda_)
+    between = last[:-1]
+    error = jnp.where(between, 0.0, error)
+    advantage = _backwards(error, jnp.where(between, 0.0, factor), jnp.zeros_like(error[0]))
+    return advantage, (~between).astype(value.dtype)

@@ -23,7 +23,7 @@ def started(monkeypatch):
     def run(config, folder=None, **options):
         calls.append((config, folder, options))
 
-    monkeypatch.setattr("jaxwm.run.run", run)
+    monkeypatch.setattr("jaxwm.run.loop.run", run)
     return calls
 
 

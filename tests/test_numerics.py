@@ -167,17 +167,6 @@ def test_twohot_dot_is_the_sum_and_has_its_gradient():
     assert np.isnan(numerics.twohot_dot(logits[0], jnp.asarray(np.nan), bins))
 
 
-def test_a_recalled_logsumexp_has_the_gradient_of_computing_it():
-    rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.standard_normal((4, 9)) * 5, jnp.float32)
-    known = numerics.logsumexp(logits)
-    recalled = lambda x: jnp.sum(jnp.sin(numerics.recall_logsumexp(known, x)))  # noqa: E731
-    computed = lambda x: jnp.sum(jnp.sin(numerics.logsumexp(x)))  # noqa: E731
-    have, want = (jax.value_and_grad(f)(logits) for f in (recalled, computed))
-    np.testing.assert_allclose(have[0], want[0])
-    np.testing.assert_allclose(have[1], want[1], rtol=1e-5, atol=1e-7)
-
-
 def test_twohot_passes_no_gradient_and_no_nan():
     bins = numerics.symexp_bins(64)
     slope = jax.grad(lambda x: jnp.sum(numerics.twohot(x, bins)[..., 40]))
@@ -302,3 +291,40 @@ def test_means_over_shards_keep_the_mirrored_bins_of_heads_equal():
     # There is nothing to keep where there is one shard, or where devices hold parts.
     for other in (ALONE, shards._replace(whole=False)):
         assert numerics.keep_mirrored(other, "reward/out") is other
+
+
+def test_running_statistics_are_those_of_everything_seen():
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(3, 2, size=(n, 2)).astype(np.float32) for n in (4, 1, 7)]
+    state = numerics.running_init((2,))
+    for part in parts:
+        state = numerics.running_update(state, jnp.asarray(part), jnp.ones(len(part)))
+    seen = np.concatenate(parts)
+    assert state.count == 12
+    np.testing.assert_allclose(state.mean, seen.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(state.variance, seen.var(0), rtol=1e-5)
+
+
+def test_running_statistics_worked_by_hand():
+    # 1 and 5 have the mean 3 and the variance 4; with 9 they have 5 and 32 / 3.
+    weight = jnp.asarray([1.0, 0.0, 1.0])
+    state = numerics.running_update(numerics.running_init(), jnp.asarray([1.0, 100.0, 5.0]), weight)
+    np.testing.assert_allclose(state, (2, 3, 4), rtol=1e-6)
+    state = numerics.running_update(state, jnp.asarray([9.0]), jnp.ones(1))
+    np.testing.assert_allclose(state, (3, 5, 32 / 3), rtol=1e-6)
+    same = numerics.running_update(state, jnp.asarray([7.0]), jnp.zeros(1))
+    np.testing.assert_allclose(same, state, rtol=1e-6)
+    got = numerics.running_normalize(state, jnp.asarray([5.0, 5 + 32**0.5, 1e9]))
+    np.testing.assert_allclose(got, [0, 3**0.5, 10], rtol=1e-6)
+
+
+def test_nothing_seen_changes_nothing():
+    state = numerics.running_update(numerics.running_init((2,)), jnp.ones((3, 2)), jnp.zeros(3))
+    x = jnp.asarray([[-3.0, 4.0]])
+    np.testing.assert_allclose(numerics.running_normalize(state, x), x, rtol=1e-6)
+
+
+def test_running_statistics_of_a_large_mean_keep_their_variance():
+    x = 1e4 + jnp.asarray([[-1.0], [1.0]])
+    state = numerics.running_update(numerics.running_init((1,)), x, jnp.ones(2))
+    np.testing.assert_allclose(state.variance, [1.0], rtol=1e-4)

@@ -426,3 +426,16 @@ def test_slow_copy_shares_no_memory_with_the_parameters():
 def test_slow_copy_refuses_senseless_numbers(wrong):
     with pytest.raises(JaxwmError, match=r"rate in \[0, 1\] and every >= 1"):
         optim.slow_copy(**wrong)
+
+
+def test_clipped_adam_is_that_of_optax():
+    theirs = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-2, eps=1e-5))
+    ours = optim.clipped_adam(0.5)
+    grads = {"a": jnp.asarray([3.0, -4.0]), "b": jnp.asarray([[1e-3]])}
+    state, other = ours.init(grads), theirs.init(grads)
+    for scale in (1.0, 1e-2, -3.0):
+        scaled = jax.tree.map(lambda g, s=scale: s * g, grads)
+        change, state = ours.update(scaled, state)
+        want, other = theirs.update(scaled, other)
+        got = jax.tree.map(lambda x: -1e-2 * x, change)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), got, want)

@@ -132,6 +132,106 @@ def test_replay_return_does_not_look_into_the_next_episode():
     assert by_bootstrap[3] > 0
 
 
+ADVANTAGE = jax.jit(
+    returns.generalized_advantage, static_argnames=("discount", "lambda_", "truncation")
+)
+
+
+def _rows(*ends: int, length: int, terminal: tuple[int, ...] = ()):
+    """Flags of rows: episodes end at `ends`, for good at `terminal`; the first row begins one."""
+    first, last, over = np.zeros((3, length), bool)
+    last[list(ends)], over[list(terminal)] = True, True
+    first[[0, *(end + 1 for end in ends if end + 1 < length)]] = True
+    return jnp.asarray(first), jnp.asarray(last), jnp.asarray(over)
+
+
+def test_advantage_worked_by_hand():
+    reward, value = _device([7, 1, 2, 3], [10, 20, 30, 40])
+    halves = {"discount": 0.5, "lambda_": 0.5}
+    # One episode throughout: errors 1 + 20/2 - 10 = 1, 2 + 30/2 - 20 = -3, 3 + 40/2 - 30 = -7.
+    # A_2 = -7, A_1 = -3 - 7/4 = -4.75, A_0 = 1 - 4.75/4 = -0.1875. The reward of row 0 is not used.
+    got, weight = ADVANTAGE(reward, *_rows(length=4), value, **halves)
+    np.testing.assert_allclose(got, [-0.1875, -4.75, -7], rtol=1e-6)
+    np.testing.assert_array_equal(weight, 1.0)
+    # The episode is cut at row 1: A_0 = 1, with the value of row 1 for what nobody saw. From row 1
+    # to row 2 nobody chose anything.
+    cut, over = _rows(1, length=4), _rows(1, length=4, terminal=(1,))
+    got, weight = ADVANTAGE(reward, *cut, value, **halves)
+    np.testing.assert_allclose(got, [1, 0, -7], rtol=1e-6)
+    np.testing.assert_array_equal(weight, [1, 0, 1])
+    # It ends for good at row 1: A_0 = 1 - 10.
+    got, weight = ADVANTAGE(reward, *over, value, **halves)
+    np.testing.assert_allclose(got, [-9, 0, -7], rtol=1e-6)
+    np.testing.assert_array_equal(weight, [1, 0, 1])
+    # A cut that counts as an end.
+    got, _ = ADVANTAGE(reward, *cut, value, **halves, truncation="terminal")
+    np.testing.assert_allclose(got, [-9, 0, -7], rtol=1e-6)
+
+
+def test_advantage_at_both_ends_of_lambda():
+    reward, value = _device([7, 1, 2, 3], [10, 20, 30, 40])
+    flags = _rows(length=4)
+    got, _ = ADVANTAGE(reward, *flags, value, discount=0.5, lambda_=0.0)
+    np.testing.assert_allclose(got, [1, -3, -7], rtol=1e-6)
+    # 1 + 0.5 * (2 + 0.5 * (3 + 0.5 * 40)) - 10 = -2.25
+    got, _ = ADVANTAGE(reward, *flags, value, discount=0.5, lambda_=1.0)
+    np.testing.assert_allclose(got, [-2.25, -6.5, -7], rtol=1e-6)
+
+
+@pytest.mark.parametrize("truncation", ["bootstrap", "terminal"])
+def test_advantage_equals_a_loop(truncation):
+    rng = np.random.default_rng(0)
+    reward, value = rng.normal(size=30), 10 * rng.normal(size=30)
+    # Two episodes follow each other at once, and the last row of all ends one.
+    first, last, over = _rows(4, 5, 12, 20, 29, length=30, terminal=(5, 20))
+    want, later = np.zeros(29), 0.0
+    for t in reversed(range(29)):
+        dead = over[t + 1] if truncation == "bootstrap" else last[t + 1]
+        error = reward[t + 1] + 0.9 * (not dead) * value[t + 1] - value[t]
+        later = 0.0 if last[t] else error + 0.9 * 0.8 * (not last[t + 1]) * later
+        want[t] = later
+    rows = _device(reward)[0], first, last, over, _device(value)[0]
+    got, weight = ADVANTAGE(*rows, discount=0.9, lambda_=0.8, truncation=truncation)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(weight, ~np.asarray(last[:-1]))
+
+
+def test_advantages_stay_within_their_episode():
+    reward, _, value = _device(*_random(8))
+    flags = _rows(3, length=8)
+
+    def before_the_end(reward, value):
+        return returns.generalized_advantage(reward, *flags, value)[0][:3].sum()
+
+    def behind_it(reward, value):
+        return returns.generalized_advantage(reward, *flags, value)[0][3:].sum()
+
+    by_reward, by_value = jax.jit(jax.grad(before_the_end, (0, 1)))(reward, value)
+    np.testing.assert_array_equal(by_reward[4:], 0.0)
+    np.testing.assert_array_equal(by_value[4:], 0.0)
+    assert by_value[3] > 0
+    # The reward of the first row of an episode, which led to nothing, is never used.
+    by_reward, by_value = jax.jit(jax.grad(behind_it, (0, 1)))(reward, value)
+    np.testing.assert_array_equal(by_reward[:5], 0.0)
+    np.testing.assert_array_equal(by_value[:4], 0.0)
+
+
+def test_an_abandoned_episode_counts_as_one_cut_short():
+    reward, _, value = _device(*_random(8))
+    first, last, over = _rows(3, length=8)
+    told = ADVANTAGE(reward, first, last, over, value)
+    untold = ADVANTAGE(reward, first, jnp.zeros_like(last), over, value)
+    jax.tree.map(np.testing.assert_array_equal, told, untold)
+
+
+def test_advantage_and_lambda_return_agree():
+    reward, _, value = _device(*_random(10))
+    got, _ = ADVANTAGE(reward, *_rows(length=10), value, discount=0.9, lambda_=0.8)
+    discount = jnp.full((9,), 0.9)
+    want = LAMBDA_RETURN(reward[1:], discount, value[1:], lambda_=0.8) - value[:-1]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_errors_name_the_shapes_and_the_way_out():
     # Below the shape checks of the test run, which users do not have.
     plain = inspect.unwrap(returns.lambda_return)
@@ -145,3 +245,5 @@ def test_errors_name_the_shapes_and_the_way_out():
     one = jnp.zeros(1, bool)
     with pytest.raises(JaxwmError, match=r"replay_lambda_return.*at least 2"):
         returns.replay_lambda_return(jnp.zeros(1), one, one, jnp.zeros(1))
+    with pytest.raises(JaxwmError, match=r"generalized_advantage.*at least 2"):
+        returns.generalized_advantage(jnp.zeros(1), one, one, one, jnp.zeros(1))

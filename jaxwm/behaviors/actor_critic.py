@@ -21,12 +21,13 @@ from jaxwm import backend, dists, nets
 from jaxwm.config import at_least, positive, require, share
 from jaxwm.numerics import (
     Percentiles,
+    Scalar,
     percentiles_init,
     percentiles_scale,
     percentiles_update,
     symexp_bins,
 )
-from jaxwm.optim import SlowState, slow_copy
+from jaxwm.optim import SlowCopy, SlowState, slow_copy
 from jaxwm.returns import lambda_return, replay_lambda_return
 from jaxwm.types import (
     Action,
@@ -36,6 +37,7 @@ from jaxwm.types import (
     Box,
     Discrete,
     Dreamer,
+    Imagined,
     JaxwmError,
     Key,
     Metrics,
@@ -50,6 +52,7 @@ from jaxwm.types import (
 )
 
 sg = jax.lax.stop_gradient
+HEADS = ("reward", "continue")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,13 +236,174 @@ def critic(config: ActorCriticConfig, feature_size: int, dtype: str = "float32")
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class ActorCritic:
+    """The imagined actor-critic; its methods are the functions of `types.Behavior`."""
+
+    config: ActorCriticConfig
+    action_space: ActionSpace
+    model: WorldModel
+    policy: Net
+    critic: Net
+    slow: SlowCopy
+    all_gather: Callable[[Array], Array]
+
+    def init(self, key: Key) -> Params:
+        key_policy, key_value = jax.random.split(key)
+        return {"policy": self.policy.init(key_policy), "value": self.critic.init(key_value)}
+
+    def initial(self, params: Params) -> State:
+        return State(percentiles_init(), self.slow.init(params["value"]))
+
+    def after(self, state: State, params: Params) -> State:
+        return state._replace(slow=self.slow.update(state.slow, params["value"]))
+
+    def draws(self, key: Key, lead: tuple[int, int]) -> Draws:
+        key_model, key_action = jax.random.split(key)
+        dream = (self.config.imagine, math.prod(lead))
+        actions = action_draws(self.action_space, key_action, dream)
+        return Draws(self.model.draws(key_model, dream), actions)
+
+    def act(
+        self,
+        params: Params,
+        dreamer: Dreamer,
+        carry: PyTree,
+        model_carry: PyTree,
+        latent: PyTree,
+        key: Key,
+        mode: Mode,
+    ) -> tuple[PyTree, Action]:
+        del model_carry  # a policy needs no plan
+        feat = dreamer.features(latent)
+        plan = self.policy.apply(params["policy"], feat)
+        if mode == "greedy":
+            return carry, self._bare({name: dist.mode() for name, dist in plan.items()})
+        return carry, self._sample(plan, action_draws(self.action_space, key, feat.shape[:-1]))
+
+    def loss(
+        self,
+        params: Params,
+        state: State,
+        dreamer: Dreamer,
+        observed: Observed,
+        steps: Step,
+        draws: Draws,
+    ) -> tuple[dict[str, Array], State, Metrics]:
+        lead = steps.is_first.shape
+        dreams = self._dream(params, dreamer, observed, draws)
+        *judged, slow_value = self._judge(params, state, dreamer, dreams)
+        reward, cont, value = judged
+        if self.config.start_weight == "true":
+            cont = cont.at[0].set(1.0 - steps.is_terminal.reshape(-1))
+        targets, returns = dream_targets(
+            self.config, state.returns, reward, cont, value, self.all_gather
+        )
+        gain, fit, entropy = self._score(params, dreamer, dreams, targets, slow_value)
+
+        # The first states of the dreams are the replayed rows.
+        bootstrap, slow_start = targets.returns[0].reshape(lead), slow_value[0].reshape(lead)
+        real = dreamer.features(observed.latents)
+        losses = {
+            "policy": -(targets.weight * gain).mean(0).reshape(lead),
+            "value": -(targets.weight * fit).mean(0).reshape(lead),
+            "replay_value": self._replay_value(params, real, steps, bootstrap, slow_start),
+        }
+        metrics = {
+            "dream/return": targets.returns.mean(),
+            "dream/return_scale": targets.scale,
+            "dream/value": targets.value.mean(),
+            "dream/reward": targets.reward.mean(),
+            "dream/continue": targets.cont.mean(),
+            "dream/advantage": jnp.abs(targets.advantage).mean(),
+            "policy/entropy": entropy.mean(),
+        }
+        return losses, state._replace(returns=returns), metrics
+
+    def _dream(
+        self, params: Params, dreamer: Dreamer, observed: Observed, draws: Draws
+    ) -> Imagined:
+        """Dreams from every replayed row. Nothing is learned by changing what they contain."""
+        fixed = sg(params["policy"])
+
+        def act(feat: Array, draws: dict[str, Array]) -> Action:
+            return self._sample(self.policy.apply(fixed, feat), draws)
+
+        return sg(dreamer.imagine(dreamer.starts(observed), act, draws))
+
+    def _judge(
+        self, params: Params, state: State, dreamer: Dreamer, dreams: Imagined
+    ) -> list[Array]:
+        """Rewards, continue probabilities and values (H+1, N), and slow values (H, N)."""
+        critics = sg((params["value"], state.slow.params))
+
+        def judge(latents: PyTree) -> list[Array]:
+            heads, feat = dreamer.predict(latents, HEADS), dreamer.features(latents)
+            values = [self.critic.apply(critic, feat) for critic in critics]
+            return [x.mean() for x in (*(heads[name] for name in HEADS), *values)]
+
+        *along, slow_value = backend.by_slices(judge, dreams.latents)
+        last = judge(dreams.last)[:-1]
+        whole = [jnp.concatenate([x, end[None]]) for x, end in zip(along, last, strict=True)]
+        return sg([*whole, slow_value])
+
+    def _score(
+        self,
+        params: Params,
+        dreamer: Dreamer,
+        dreams: Imagined,
+        targets: Targets,
+        slow_value: Array,
+    ) -> tuple[Array, Array, Array]:
+        """What policy and critic maximise at each dreamed state, and the policy's entropy."""
+        config = self.config
+
+        def score(
+            latents: PyTree, action: Any, advantage: Array, returns: Array, slow_value: Array
+        ) -> tuple[Array, Array, Array]:
+            feat = dreamer.features(latents)
+            plan = self.policy.apply(params["policy"], feat)
+            log_prob = sum(plan[name].log_prob(x) for name, x in as_dict(action).items())
+            entropy: Any = sum(dist.entropy() for dist in plan.values())
+            value = self.critic.apply(params["value"], feat)
+            fit = value.log_prob(returns) + config.slow_regularizer * value.log_prob(slow_value)
+            return log_prob * advantage + config.entropy * entropy, fit, entropy
+
+        return backend.by_slices(
+            score, dreams.latents, dreams.action, targets.advantage, targets.returns, slow_value
+        )
+
+    def _replay_value(
+        self, params: Params, feat: Array, steps: Step, bootstrap: Array, slow_value: Array
+    ) -> Array:
+        """The critic's loss (T-1, B) on replayed rows. Its gradient reaches the world model."""
+        config = self.config
+        returns = jax.vmap(replay_lambda_return, in_axes=(1, 1, 1, 1, None, None), out_axes=1)(
+            steps.reward,
+            steps.is_last,
+            steps.is_terminal,
+            bootstrap,
+            1.0 - 1.0 / config.horizon,
+            config.lambda_,
+        )
+        value = self.critic.apply(params["value"], feat[:-1])
+        fit = value.log_prob(returns) + config.slow_regularizer * value.log_prob(slow_value[:-1])
+        return -fit * (1.0 - steps.is_last[:-1])
+
+    def _sample(self, plan: dict[str, Any], draws: dict[str, Array]) -> Action:
+        return self._bare({name: dist.sample_noise(draws[name]) for name, dist in plan.items()})
+
+    def _bare(self, chosen: dict[str, Array]) -> Action:
+        return chosen if isinstance(self.action_space, Mapping) else chosen["action"]
+
+
 def actor_critic(
     config: ActorCriticConfig,
     action_space: ActionSpace,
     model: WorldModel,
     feature_size: int,
     dtype: str = "float32",
-    slow_rate: float = 0.02,
+    slow_rate: Scalar = 0.02,
     all_gather: Callable[[Array], Array] = lambda returns: returns,
 ) -> Behavior:
     """The behaviour as pure functions; see `types.Behavior`.
@@ -258,125 +422,21 @@ def actor_critic(
     Raises:
       JaxwmError: see `policy`.
     """
-    policy_net = policy(config, action_space, feature_size, dtype)
-    critic_net = critic(config, feature_size, dtype)
-    slow = slow_copy(slow_rate)
-
-    def init(key: Key) -> Params:
-        key_policy, key_value = jax.random.split(key)
-        return {"policy": policy_net.init(key_policy), "value": critic_net.init(key_value)}
-
-    def initial(params: Params) -> State:
-        return State(percentiles_init(), slow.init(params["value"]))
-
-    def after(state: State, params: Params) -> State:
-        return state._replace(slow=slow.update(state.slow, params["value"]))
-
-    def draws(key: Key, lead: tuple[int, int]) -> Draws:
-        key_model, key_action = jax.random.split(key)
-        dream = (config.imagine, math.prod(lead))
-        return Draws(model.draws(key_model, dream), action_draws(action_space, key_action, dream))
-
-    def sample(plan: dict[str, Any], draws: dict[str, Array]) -> Action:
-        chosen = {name: dist.sample_noise(draws[name]) for name, dist in plan.items()}
-        return chosen if isinstance(action_space, Mapping) else chosen["action"]
-
-    def act(
-        params: Params,
-        dreamer: Dreamer,
-        carry: PyTree,
-        model_carry: PyTree,
-        latent: PyTree,
-        key: Key,
-        mode: Mode,
-    ) -> tuple[PyTree, Action]:
-        del model_carry  # a policy needs no plan
-        feat = dreamer.features(latent)
-        plan = policy_net.apply(params["policy"], feat)
-        if mode == "greedy":
-            chosen = {name: dist.mode() for name, dist in plan.items()}
-            return carry, chosen if isinstance(action_space, Mapping) else chosen["action"]
-        return carry, sample(plan, action_draws(action_space, key, feat.shape[:-1]))
-
-    def replay_value_loss(
-        params: Params, feat: Array, steps: Step, bootstrap: Array, slow_value: Array
-    ) -> Array:
-        """The critic's loss (T-1, B) on replayed rows. Its gradient reaches the world model."""
-        returns = jax.vmap(replay_lambda_return, in_axes=(1, 1, 1, 1, None, None), out_axes=1)(
-            steps.reward,
-            steps.is_last,
-            steps.is_terminal,
-            bootstrap,
-            1.0 - 1.0 / config.horizon,
-            config.lambda_,
-        )
-        value = critic_net.apply(params["value"], feat[:-1])
-        fit = value.log_prob(returns) + config.slow_regularizer * value.log_prob(slow_value[:-1])
-        return -fit * (1.0 - steps.is_last[:-1])
-
-    def loss(
-        params: Params,
-        state: State,
-        dreamer: Dreamer,
-        observed: Observed,
-        steps: Step,
-        draws: Draws,
-    ) -> tuple[dict[str, Array], State, Metrics]:
-        lead = steps.is_first.shape
-        fixed, slow_params = sg(params), sg(state.slow.params)
-
-        # Dream from every replayed row.
-        act_in_dream = lambda feat, draws: sample(policy_net.apply(fixed["policy"], feat), draws)  # noqa: E731
-        dreams = dreamer.imagine(dreamer.starts(observed), act_in_dream, draws)
-        latents, action, last = sg(dreams)
-
-        def judge(latents: PyTree) -> tuple[Array, ...]:
-            heads, feat = (
-                dreamer.predict(latents, ("reward", "continue")),
-                dreamer.features(latents),
-            )
-            critics = (critic_net.apply(x, feat) for x in (fixed["value"], slow_params))
-            return tuple(x.mean() for x in (heads["reward"], heads["continue"], *critics))
-
-        *judged, slow_value = backend.by_slices(judge, latents)
-        reward, cont, value = (
-            jnp.concatenate([x, end[None]]) for x, end in zip(judged, judge(last)[:3], strict=True)
-        )
-        if config.start_weight == "true":
-            cont = cont.at[0].set(1.0 - steps.is_terminal.reshape(-1))
-        targets, returns = dream_targets(config, state.returns, reward, cont, value, all_gather)
-
-        # Score-function gradient for the policy, maximum likelihood of the returns for the critic.
-        def score(
-            latents: PyTree, action: Any, advantage: Array, returns: Array, slow_value: Array
-        ):
-            feat = dreamer.features(latents)
-            plan = policy_net.apply(params["policy"], feat)
-            log_prob = sum(plan[name].log_prob(x) for name, x in as_dict(action).items())
-            entropy: Any = sum(dist.entropy() for dist in plan.values())
-            value = critic_net.apply(params["value"], feat)
-            fit = value.log_prob(returns) + config.slow_regularizer * value.log_prob(slow_value)
-            return log_prob * advantage + config.entropy * entropy, fit, entropy
-
-        gain, fit, entropy = backend.by_slices(
-            score, latents, action, targets.advantage, targets.returns, slow_value
-        )
-        bootstrap, slow_start = targets.returns[0].reshape(lead), slow_value[0].reshape(lead)
-        real = dreamer.features(observed.latents)
-        losses = {
-            "policy": -(targets.weight * gain).mean(0).reshape(lead),
-            "value": -(targets.weight * fit).mean(0).reshape(lead),
-            "replay_value": replay_value_loss(params, real, steps, bootstrap, slow_start),
-        }
-        metrics = {
-            "dream/return": targets.returns.mean(),
-            "dream/return_scale": targets.scale,
-            "dream/value": targets.value.mean(),
-            "dream/reward": targets.reward.mean(),
-            "dream/continue": targets.cont.mean(),
-            "dream/advantage": jnp.abs(targets.advantage).mean(),
-            "policy/entropy": entropy.mean(),
-        }
-        return losses, state._replace(returns=returns), metrics
-
-    return Behavior(init, initial, lambda batch: (), draws, act, loss, after)
+    behavior = ActorCritic(
+        config,
+        action_space,
+        model,
+        policy(config, action_space, feature_size, dtype),
+        critic(config, feature_size, dtype),
+        slow_copy(slow_rate),
+        all_gather,
+    )
+    return Behavior(
+        init=behavior.init,
+        initial=behavior.initial,
+        carry=lambda batch: (),
+        draws=behavior.draws,
+        act=behavior.act,
+        loss=behavior.loss,
+        after=behavior.after,
+    )

@@ -29,8 +29,8 @@ from jaxtyping import Num, UInt8
 
 from jaxwm import dists, nets
 from jaxwm.config import at_least
+from jaxwm.dists import UnitNormal
 from jaxwm.models.encoders import concat_entries, event_shape, split_spaces
-from jaxwm.numerics import prepend_axes
 from jaxwm.types import (
     Array,
     Box,
@@ -251,41 +251,6 @@ def decoder(
 def _check_images(obs_space: ObsSpace) -> None:
     for space in split_spaces(obs_space)[1].values():
         image_stages(space.shape[:2])
-
-
-class UnitNormal(dists._Distribution):
-    """Independent normals of variance one around predicted means.
-
-        log_prob(x) = -sum((x - mean)^2 + log(2 pi)) / 2
-
-    Samples are the mean: nobody models the noise.
-
-    Args:
-      loc: (..., *event) predicted means.
-      event_ndims: number of event axes, those of the space's shape.
-    """
-
-    def __init__(self, loc: Float[Array, "*batch"], event_ndims: int = 1):
-        self.loc = loc.astype(jnp.float32)
-        self.event_ndims = event_ndims
-
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        return self.loc.shape
-
-    def _sample_n(self, key: Key, n: int) -> Num[Array, "n *batch"]:
-        del key
-        return jnp.broadcast_to(self.mode(), (n, *self._shape))
-
-    def log_prob(self, value: Num[Array, "*batch"]) -> Float[Array, "..."]:
-        error = prepend_axes(self.loc, value.ndim) - value.astype(jnp.float32)
-        return -0.5 * self._sum(jnp.square(error) + np.log(2 * np.pi))
-
-    def mean(self) -> Float[Array, "*batch"]:
-        return self.loc
-
-    def mode(self) -> Num[Array, "*batch"]:
-        return self.loc
 
 
 class CentredImage(UnitNormal):

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxwm import dists, nets
 from jaxwm.config import at_least, require
-from jaxwm.numerics import symlog
+from jaxwm.numerics import symlog, wide
 from jaxwm.types import (
     Array,
     Box,
@@ -84,7 +84,7 @@ def concat_entries(
       squash: applied to numbers, not to classes.
 
     Returns:
-      float32 vectors of length `concat_size(spaces)`.
+      Vectors of length `concat_size(spaces)`, float32 (float64 if an entry is).
     """
     parts = []
     for name in sorted(spaces):
@@ -97,7 +97,7 @@ def concat_entries(
             there = jnp.all(value >= 0, axes)
             part = one_hot(space, value)
         else:
-            value = value.astype(jnp.float32)
+            value = wide(value)
             there = jnp.all(value > -jnp.inf, axes)
             part = squash(jnp.where(jnp.expand_dims(there, axes), value, 0.0))
         part = part.reshape(*there.shape, -1)
@@ -194,6 +194,23 @@ class Encoder(nn.Module):
             x = conv(x.shape[-1], depth, dtype=self.dtype, name=f"conv{index}")(x)
             x = jax.nn.silu(nets.RMSNorm(depth, name=f"conv_norm{index}")(x))
         return x.reshape(x.shape[0], -1)
+
+
+def flat_net(spaces: Mapping[str, Space]) -> Net:
+    """Observations as one vector, without parameters: `params, obs (N, ...) -> (N, F)`.
+
+    Integers become one-hot, pixels numbers in 0 to 1, and all other numbers stay as they are.
+    """
+
+    def apply(params: Params, obs: Mapping[str, Array]) -> Array:
+        del params
+        entries = {
+            name: obs[name] / 255 if is_image(space) else obs[name]
+            for name, space in spaces.items()
+        }
+        return concat_entries(spaces, entries)
+
+    return Net(lambda key: {}, apply)
 
 
 class Decoder(nn.Module):

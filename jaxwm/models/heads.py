@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxwm import dists, nets
-from jaxwm.models.codecs import UnitNormal
 from jaxwm.models.rssm import Head, Posterior
 from jaxwm.types import Array, Float, Key, Net, Params
 
@@ -78,7 +77,7 @@ def normal_reward(net: Net, clip: Literal["none", "tanh", "sign"] = "none") -> H
     """
     return Head(
         net=net,
-        dist=lambda raw: UnitNormal(raw[..., 0], event_ndims=0),
+        dist=lambda raw: dists.UnitNormal(raw[..., 0], event_ndims=0),
         target=lambda steps: CLIPS[clip](steps.reward),
     )
 

@@ -143,15 +143,19 @@ STDS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def moments(
+    config: GaussianConfig, raw: Float[Array, "*lead outputs"]
+) -> tuple[Float[Array, "*lead S"], Float[Array, "*lead S"]]:
+    """Means and standard deviations that a network's output describes."""
+    mean, x = jnp.split(raw.astype(jnp.float32), 2, -1)
+    return mean, STDS[config.std](x) + config.min_std
+
+
 def gaussian(config: GaussianConfig) -> LatentSpace:
     """A diagonal Gaussian; networks give [mean, x] with the standard deviation made of x.
 
     Its `kl` is the plain divergence; papers use one of the forms below instead.
     """
-
-    def moments(raw: Float[Array, "*lead outputs"]) -> tuple[Array, Array]:
-        mean, x = jnp.split(raw.astype(jnp.float32), 2, -1)
-        return mean, STDS[config.std](x) + config.min_std
 
     def draws(key: Key, lead: tuple[int, ...]) -> Float[Array, "*lead S"]:
         return jax.random.normal(key, (*lead, config.stoch))
@@ -159,19 +163,19 @@ def gaussian(config: GaussianConfig) -> LatentSpace:
     def sample(
         raw: Float[Array, "*lead outputs"], draws: Float[Array, "*lead S"]
     ) -> Float[Array, "*lead S"]:
-        mean, std = moments(raw)
+        mean, std = moments(config, raw)
         return mean + std * draws
 
     def divergence(
         first: Float[Array, "*lead outputs"], second: Float[Array, "*lead outputs"]
     ) -> Float[Array, "*lead"]:
-        (mean_1, std_1), (mean_2, std_2) = moments(first), moments(second)
+        (mean_1, std_1), (mean_2, std_2) = moments(config, first), moments(config, second)
         ratio = jnp.square(std_1 / std_2)
         shift = jnp.square((mean_1 - mean_2) / std_2)
         return 0.5 * jnp.sum(ratio + shift - 1 - jnp.log(ratio), -1)
 
     def entropy(raw: Float[Array, "*lead outputs"]) -> Float[Array, "*lead"]:
-        return jnp.sum(jnp.log(moments(raw)[1]) + 0.5 * math.log(2 * math.pi * math.e), -1)
+        return jnp.sum(jnp.log(moments(config, raw)[1]) + 0.5 * math.log(2 * math.pi * math.e), -1)
 
     return LatentSpace(
         size=config.stoch,

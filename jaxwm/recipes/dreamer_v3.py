@@ -29,7 +29,7 @@ from jaxwm.models.gru import BlockGRUConfig, block_gru
 from jaxwm.models.heads import Style, head, posterior
 from jaxwm.models.latents import LatentConfig, categorical
 from jaxwm.models.rssm import Head, Parts, rssm
-from jaxwm.numerics import symexp_bins
+from jaxwm.numerics import Scalar, keep_mirrored, symexp_bins
 from jaxwm.optim import (
     Number,
     OptimConfig,
@@ -39,8 +39,9 @@ from jaxwm.optim import (
     square_sums,
     value_at,
 )
-from jaxwm.recipes import RunConfig
-from jaxwm.replay.device import ReplayConfig
+from jaxwm.recipes import Recipe
+from jaxwm.recipes.run_config import RunConfig
+from jaxwm.replay.config import ReplayConfig
 from jaxwm.types import (
     ALONE,
     ActionSpace,
@@ -103,7 +104,7 @@ class LossWeights:
     def __post_init__(self):
         numbers_at_least(self, 0, *(field.name for field in dataclasses.fields(self)))
 
-    def of(self, name: str) -> Number:
+    def of(self, name: str) -> Number | Scalar:
         """The weight of the loss `name`."""
         return getattr(self, {"continue": "cont"}.get(name, name.split("/")[0]))
 
@@ -152,6 +153,7 @@ def agent(
       JaxwmError: if the model or the behaviour cannot take the spaces.
     """
     dtype = backend.compute_dtype(config.dtype)
+    shards = keep_mirrored(shards, "model/reward/out", "behavior/value/out")
     model = world_model(config.model, obs_space, action_space, dtype, core)
     features = config.model.core.deter + config.model.latent.stoch * config.model.latent.classes
     behavior = actor_critic(
@@ -168,6 +170,8 @@ def agent(
         square_sums=lambda tree: shards.sum_parts(square_sums(tree)),
     )
     weights = lambda name, updates: value_at(config.weights.of(name), updates)  # noqa: E731
+    # The heads of two-hot bins: pairs of bins that differ in the last bit would move their mean.
+    shards = keep_mirrored(shards, "model/reward/out", "behavior/value/out")
     return joint(model, behavior, weights, optimizer, shards)
 
 
@@ -216,6 +220,7 @@ def world_model(
     return rssm(parts, obs_space, action_space, dtype)
 
 
+NAME = "dreamer_v3"
 # The one knob of the paper's sizes is the deterministic state; everything else follows.
 DETER = {
     "size1m": 512,
@@ -344,11 +349,14 @@ def config(
     if preset is None:
         require(env is not None, "Name an environment with --env, or a preset with --preset.")
         size, variant = size or "size200m", variant or "head"
-        return RunConfig(env=str(env), size=size, variant=variant, agent=sized(size, variant))
+        return RunConfig(
+            env=str(env), recipe=NAME, size=size, variant=variant, agent=sized(size, variant)
+        )
     if preset in DOMAINS:
         return _of_domain(DOMAINS[preset], env, size, variant or "head")
     base = RunConfig(
         env=env or "gymnax/CartPole-v1",
+        recipe=NAME,
         size=size or "nano",
         variant=variant or "head",
         agent=sized(size or "nano", variant or "head"),
@@ -387,6 +395,7 @@ def _of_domain(domain: Domain, env: str | None, size: str | None, variant: str) 
     capacity = min(ReplayConfig().capacity, domain.steps)
     return RunConfig(
         env=env or domain.env,
+        recipe=NAME,
         size=size,
         variant=variant,
         agent=sized(size, variant),
@@ -464,3 +473,6 @@ def _variant(config: Config, variant: str) -> Config:
     )
     model = dataclasses.replace(config.model, codec=codec)
     return dataclasses.replace(config, model=model, behavior=behavior)
+
+
+RECIPE = Recipe(NAME, Config, agent, config, PRESETS)

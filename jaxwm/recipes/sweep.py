@@ -1,65 +1,89 @@
-"""Members: what trains side by side in one program, one per seed and swept setting.
+"""Members: the trainings that run side by side in one program, one for each setting and seed.
 
-A sweep names entries of the agent's configuration and the values each should take:
+A sweep names numbers of the agent's configuration and the values each should take:
 
     learning_rate=1e-5,4e-5 entropy=1e-4,3e-4
 
-makes four settings, and with two seeds eight members. Members lie setting by setting, each with
-all its seeds. In the program a swept entry is an array over members, so all settings share one
-compiled program; what would change the program's form, such as a size, cannot be swept.
+These are four settings; with two seeds, eight members. Members are ordered by setting, each setting
+with all its seeds. In the program a swept number is an array over members, so all settings share
+one compiled program. What would change the program's form, such as a size, cannot be swept.
+
+A number that is a schedule can be swept as a whole (`learning_rate=1e-3,1e-4` sets its start and
+scales its end with it), or by its parts `learning_rate.start` and `learning_rate.end`. A number
+that decides a shape says so in its field, `field(default=0.1, metadata=fixed("why"))`.
 """
 
 import dataclasses
 import itertools
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
 from jaxwm.config import flatten, require, unchecked
+from jaxwm.optim import Schedule
 from jaxwm.spaces import nearest
 
 T = TypeVar("T")
 
 _ROOT = "agent."
+_FIXED = "fixed"
+
+
+def fixed(why: str) -> dict[str, str]:
+    """Metadata for the field of a configuration whose number cannot be swept.
+
+    Args:
+      why: the end of the sentence "... cannot be swept: ".
+    """
+    return {_FIXED: why}
 
 
 def parse(sweep: tuple[str, ...], config: Any) -> dict[str, tuple[float, ...]]:
-    """The values that each swept entry takes, by its dotted path.
+    """The values of each swept number, by its dotted path.
 
     Args:
-      sweep: words "NAME=VALUE,VALUE,..."; the end of a path will do for a name, if it is the end
-        of one path only.
-      config: the configuration, for its entries.
+      sweep: words "NAME=VALUE,VALUE,...". The end of a path is enough as a name, if no other path
+        ends in it.
+      config: the configuration.
 
     Raises:
-      JaxwmError: if a word has another form, or names no entry, several, one twice, or one that
-        is not a number with fractions.
+      JaxwmError: if a word has another form, or names no number, several, one twice, or an entry
+        that cannot be swept.
     """
     found: dict[str, tuple[float, ...]] = {}
-    numbers = [_ROOT + path for path in _floats(config.agent)]
-    others = [path for path in flatten(config) if path not in numbers]
     for word in sweep:
         name, _, listed = word.partition("=")
-        path = _path(name.replace("-", "_"), numbers, others)
-        require(path not in found, f"The sweep names {path} twice. Give all its values at once.")
-        try:
-            found[path] = tuple(float(value) for value in listed.split(","))
-        except ValueError:
-            found[path] = ()
-        single = [_single(value) for value in found[path]]  # as the program sees them
-        require(
-            len(single) > 0 and all(map(math.isfinite, single)),
-            f"The sweep of {path} should be numbers with commas between them, such as "
-            f"{name}=1e-5,4e-5, not {word!r}.",
-        )
-        require(
-            len(set(single)) == len(single),
-            f"The sweep of {path} names a value twice: {listed} (in float32).",
-        )
+        path = _path(name.replace("-", "_"), config)
+        for other in found:
+            require(
+                not f"{path}.".startswith(f"{other}.") and not f"{other}.".startswith(f"{path}."),
+                f"The sweep names {path} twice. Give all its values at once."
+                if path == other
+                else f"The sweep names {other} and {path}. Sweep the schedule or its parts.",
+            )
+        found[path] = _values(path, word, name, listed)
     return found
+
+
+def _values(path: str, word: str, name: str, listed: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(value) for value in listed.split(","))
+    except ValueError:
+        values = ()
+    single = [_single(value) for value in values]  # as the program sees them
+    require(
+        len(single) > 0 and all(map(math.isfinite, single)),
+        f"The sweep of {path} should be numbers with commas between them, such as "
+        f"{name}=1e-5,4e-5, not {word!r}.",
+    )
+    require(
+        len(set(single)) == len(single),
+        f"The sweep of {path} names a value twice: {listed} (in float32).",
+    )
+    return values
 
 
 def settings(config: Any) -> list[dict[str, float]]:
@@ -77,25 +101,39 @@ def columns(config: Any) -> dict[str, list[float]]:
 def labels(config: Any) -> list[str]:
     """The setting of each member as "learning_rate=1e-05 entropy=0.0001"; "" without a sweep."""
     rows = [setting for setting in settings(config) for _ in range(config.seeds)]
-    paths = [path.split(".") for path in rows[0]]
+    paths = [_split(path) for path in rows[0]]
 
     def short(path: list[str]) -> str:
-        """The end of a path that is the end of no other one."""
+        """The shortest end of a path that no other swept path shares."""
         ends = (path[-count:] for count in range(1, len(path) + 1))
         return ".".join(next(end for end in ends if sum(x[-len(end) :] == end for x in paths) == 1))
 
-    names = [short(path) for path in paths]
+    short_names = [short(path) for path in paths]
     return [
-        " ".join(f"{name}={value!r}" for name, value in zip(names, row.values(), strict=True))
+        " ".join(f"{name}={value!r}" for name, value in zip(short_names, row.values(), strict=True))
         for row in rows
     ]
 
 
-def member(config: T, index: int) -> T:
-    """The configuration of one member: what it would be if it trained alone.
+def names(config: Any) -> list[str]:
+    """A name for each member: "learning_rate=1e-05 seed 3"."""
+    seeds = [f"seed {config.seed + i % config.seeds}" for i in range(config.members)]
+    return [f"{x} {y}".strip() for x, y in zip(labels(config), seeds, strict=True)]
 
-    Both then learn the same to rounding, until a class that is sampled comes out differently for
-    it: to 1e-5 over the first fifty updates or so.
+
+def _split(path: str) -> list[str]:
+    """The names in a path; the start or end of a schedule keeps the schedule's name."""
+    *parents, name = path.split(".")
+    if name in ("start", "end") and parents:
+        return [*parents[:-1], f"{parents[-1]}.{name}"]
+    return [*parents, name]
+
+
+def member(config: T, index: int) -> T:
+    """The configuration with which one member would train alone.
+
+    Both learn the same up to float rounding (1e-5 over the first fifty updates or so) until
+    rounding flips a sampled class; from there the two diverge.
 
     Raises:
       JaxwmError: if one of its values is out of range.
@@ -109,7 +147,7 @@ def member(config: T, index: int) -> T:
 
 
 def check(config: Any, index: int) -> None:
-    """Checks the values of one member, as they are given and as float32, which computes them.
+    """Checks the values of one member, as given and rounded to float32.
 
     Raises:
       JaxwmError: if one is out of range.
@@ -120,13 +158,13 @@ def check(config: Any, index: int) -> None:
 
 
 def _single(value: float) -> float:
-    """A number as float32 holds it; infinite if that cannot."""
+    """A number rounded to float32; infinite if it is too large."""
     with np.errstate(over="ignore"):
         return float(np.float32(value))
 
 
 def put(config: T, values: Mapping[str, Any]) -> T:
-    """A configuration with other entries, which may be traced and are not checked.
+    """A configuration with other numbers, which may be traced and are not checked.
 
     Args:
       config: a dataclass.
@@ -137,31 +175,40 @@ def put(config: T, values: Mapping[str, Any]) -> T:
     return config
 
 
-def _replaced(config: Any, names: list[str], value: Any, replace: Any) -> Any:
+def _replaced(config: Any, names: list[str], value: Any, replace: Callable[..., Any]) -> Any:
     name, *rest = names
+    old = getattr(config, name)
     if rest:
-        value = _replaced(getattr(config, name), rest, value, replace)
+        value = _replaced(old, rest, value, replace)
+    elif isinstance(old, Schedule):
+        value = replace(old, start=value, end=old.end / old.start * value)
     return replace(config, **{name: value})
 
 
-def _floats(config: Any, path: str = "") -> list[str]:
-    """Paths of the entries of a dataclass that are declared as float, schedules included."""
-    hints, found = typing.get_type_hints(type(config)), []
+def _entries(config: Any, path: str = "") -> dict[str, str]:
+    """Why each number with fractions cannot be swept, by its path; "" if it can."""
+    hints, found = typing.get_type_hints(type(config)), {}
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), path + field.name
-        if dataclasses.is_dataclass(value):
-            found += _floats(value, f"{name}.")
+        if isinstance(value, Schedule):
+            still = "it is a schedule that starts at 0. Sweep its end"
+            found[name] = "" if value.start else still
+            found |= {f"{name}.start": "", f"{name}.end": ""}
+        elif dataclasses.is_dataclass(value):
+            found |= _entries(value, f"{name}.")
         elif float in (hints[field.name], *typing.get_args(hints[field.name])):
-            found.append(name)
+            found[name] = "it is None" if value is None else field.metadata.get(_FIXED, "")
     return found
 
 
-def _path(name: str, paths: list[str], others: list[str]) -> str:
-    """The one path of `paths` that ends in `name`; `others` cannot be swept."""
-    ends = [path for path in paths if f".{path}".endswith(f".{name}")]
+def _path(name: str, config: Any) -> str:
+    """The one number whose path ends in `name`."""
+    entries = {_ROOT + path: why for path, why in _entries(config.agent).items()}
+    ends = [path for path in entries if f".{path}".endswith(f".{name}")]
     require(
         len(ends) < 2, f"The sweep's {name!r} may be {' or '.join(ends)}. Give more of the path."
     )
+    others = [path for path in flatten(config) if path not in entries]
     whole = [path for path in others if f".{path}".endswith(f".{name}")]
     require(
         bool(ends) or not whole,
@@ -170,6 +217,7 @@ def _path(name: str, paths: list[str], others: list[str]) -> str:
         "own.",
     )
     if not ends:
-        ends = {x.rpartition(".")[2] for x in paths}
-        raise nearest(name, {*paths, *ends}, "entry to sweep")
-    return ends[0]
+        raise nearest(name, {*entries, *(x.rpartition(".")[2] for x in entries)}, "entry to sweep")
+    (path,) = ends
+    require(not entries[path], f"{path} cannot be swept: {entries[path]}.")
+    return path

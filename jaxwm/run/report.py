@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxwm import __version__
 from jaxwm.config import flatten
-from jaxwm.recipes import RunConfig, recipes
+from jaxwm.recipes import RunConfig, find
 from jaxwm.run import checkpoint
 from jaxwm.run.log import read_metrics
 
@@ -64,10 +64,12 @@ def write_versions(folder: Path) -> None:
 
 
 def command(config: RunConfig) -> str:
-    """The command that starts a run of this very configuration."""
-    plain = recipes()[config.recipe](config.env, config.size, config.variant, None)
-    words = ["jaxwm train", config.recipe, "--env", config.env, "--size", config.size]
-    words += ["--variant", config.variant]
+    """The command that starts a run of exactly this configuration."""
+    size, variant = config.size or None, config.variant or None
+    plain = find(config.recipe).run(config.env, size, variant, None)
+    words = ["jaxwm train", config.recipe, "--env", config.env]
+    words += ["--size", size] if size else []
+    words += ["--variant", variant] if variant else []
     there = flatten(plain)
     for path, value in flatten(config).items():
         if value == there[path]:

@@ -26,9 +26,8 @@ import safetensors.numpy
 
 from jaxwm import config as configs
 from jaxwm import train
-from jaxwm.agent import make_agent
 from jaxwm.config import few, require
-from jaxwm.recipes import RunConfig
+from jaxwm.recipes import RunConfig, agent_of
 from jaxwm.run import checkpoint
 from jaxwm.types import Env, HostEnv, JaxwmError, Params
 
@@ -207,7 +206,7 @@ def is_exported(folder: Path) -> bool:
 def shapes(config: RunConfig) -> tuple[Env | HostEnv, Params]:
     """The single environment of a run, and the shapes of its parameters, members first."""
     env = train.make_env(config)
-    agent = make_agent(config.agent, env.obs_space, env.action_space)
+    agent = agent_of(config, env.obs_space, env.action_space)
 
     def init() -> Params:
         make = lambda key: agent.init(key).params  # noqa: E731

@@ -21,11 +21,10 @@ import jax
 import numpy as np
 
 from jaxwm import train
-from jaxwm.agent import make_agent
-from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay.device import ReplayConfig
+from jaxwm.recipes import RECIPES, RunConfig, dreamer_v3
+from jaxwm.replay.config import ReplayConfig
 from jaxwm.run import checkpoint
-from jaxwm.train import mesh
+from jaxwm.train import processes
 from jaxwm.types import JaxwmError
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -39,12 +38,14 @@ ITERATIONS, CHUNKS = 27, 4
 
 def config(**changes: Any) -> RunConfig:
     """The run: 100 updates in 4 chunks, of 8 shards."""
-    agent = dreamer_v3.agent("debug")
+    agent = dreamer_v3.sized("debug")
     # A short warmup, so that the updates move the parameters visibly.
     agent = dataclasses.replace(agent, optim=dataclasses.replace(agent.optim, warmup_steps=20))
     memory = ReplayConfig(capacity=8 * 40, batch_size=BATCH, batch_length=LENGTH)
     memory = dataclasses.replace(memory, train_ratio=BATCH * LENGTH / ENVS)
-    plain = RunConfig("toy/Memory", size="debug", agent=agent, envs=ENVS, shards=8, replay=memory)
+    plain = RunConfig(
+        "toy/Memory", "dreamer_v3", "debug", agent=agent, envs=ENVS, shards=8, replay=memory
+    )
     return dataclasses.replace(plain, **changes)
 
 
@@ -52,7 +53,7 @@ def trained(chunk: Any, state: train.TrainState) -> tuple[train.TrainState, Any]
     """The state after 100 updates, and the last metrics."""
     for _ in range(CHUNKS):
         state, metrics = chunk(state)
-    return state, mesh.fetch(metrics)
+    return state, processes.fetch(metrics)
 
 
 def numbers(state: train.TrainState) -> train.TrainState:
@@ -61,7 +62,7 @@ def numbers(state: train.TrainState) -> train.TrainState:
     def raw(x: Any) -> Any:
         return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
-    return mesh.fetch(jax.tree.map(raw, state))
+    return processes.fetch(jax.tree.map(raw, state))
 
 
 def learned(state: train.TrainState) -> Any:
@@ -70,7 +71,7 @@ def learned(state: train.TrainState) -> Any:
     The optimiser's state is left out: dividing by the size of gradients that are almost nothing
     makes much of how they were rounded, and little of it reaches the parameters.
     """
-    return state.agent._replace(opt=())
+    return state.agent._replace(rest=state.agent.rest._replace(opt=()))
 
 
 def digest(tree: Any) -> str:
@@ -173,7 +174,7 @@ def seeds() -> dict[str, Any]:
         state, told = trained(program.compile(), program.init())
         ends.append((learned(numbers(state)), told))
         meshes.append(dict(program.layout.mesh.shape))
-    train.make_agent = still
+    RECIPES["dreamer_v3"] = RECIPES["dreamer_v3"]._replace(agent=still)
     run, whole = config(seeds=2, shards=1), []
     for devices in (2, 1):
         program = train.build(run, ITERATIONS, devices=jax.devices()[:devices])
@@ -186,26 +187,26 @@ def seeds() -> dict[str, Any]:
 
 def still(*args: Any) -> Any:
     """An agent that acts but never learns: it compiles in no time."""
-    agent = make_agent(*args)
+    agent = dreamer_v3.agent(*args)
 
-    def update(state: Any, carry: Any, steps: Any, key: Any) -> Any:
-        latents = jax.tree.map(lambda x: jax.numpy.stack([x] * len(steps.reward)), carry)
-        reward = steps.reward.mean()
-        return state, latents, {"reward": reward, "grad_norm": reward}
+    def update(state: Any, window: Any, key: Any) -> Any:
+        memo = jax.tree.map(lambda x: jax.numpy.stack([x] * LENGTH), window.memo)
+        reward = window.steps.reward[1:].mean()
+        return state, memo, {"reward": reward, "grad_norm": reward}
 
     return agent._replace(update=update)
 
 
 def process(number: int, address: str) -> dict[str, Any]:
     """100 updates, each process with half of the devices; and what they tell each other."""
-    mesh.join(address, 2, number)
-    mesh.check_same(config())
+    processes.join(address, 2, number)
+    processes.check_same(config())
     try:
-        mesh.check_same(dataclasses.replace(config(), seed=number))
+        processes.check_same(dataclasses.replace(config(), seed=number))
         told = ""
     except JaxwmError as error:
         told = str(error)
-    most = mesh.most(15 * number)
+    most = processes.most(15 * number)
     program = train.build(config(), ITERATIONS)
     state, metrics = trained(program.compile(), program.init())
     return {
@@ -214,7 +215,7 @@ def process(number: int, address: str) -> dict[str, Any]:
         "devices": jax.device_count(),
         "here": jax.local_device_count(),
         "loss": float(metrics["loss/total"]),
-        "hash": digest(mesh.fetch(state.agent)),
+        "hash": digest(processes.fetch(state.agent)),
     }
 
 

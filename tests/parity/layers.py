@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwm import nets
-from jaxwm.models import codecs
+from jaxwm import dists, nets
 from jaxwm.models.latents import GaussianConfig, gaussian
 from jaxwm.nets import initializer
 from tests.parity.common import Check, Recorded
@@ -100,7 +99,7 @@ def layer_norm(recorded: Recorded) -> None:
 def unit_normal(recorded: Recorded, prefix: str) -> None:
     """The log-density of a normal of variance one, summed over the last axis."""
     mean, target = (jnp.asarray(recorded[f"{prefix}/{name}"]) for name in ("mean", "target"))
-    dist = codecs.UnitNormal(mean, event_ndims=1)
+    dist = dists.UnitNormal(mean, event_ndims=1)
     recorded.compare(f"{prefix}/logprob", dist.log_prob(target))
 
 

@@ -23,6 +23,7 @@ INPUTS = (
     r"open/(action|noise)",
     r"cem/(noise/.*|sizes)",
     r"gradnorm/(losses|params)",
+    r"out/(scale/\w+|free_nats)",
 )
 
 

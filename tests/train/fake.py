@@ -72,10 +72,10 @@ def fake(config: FakeConfig, obs_space: Any, action_space: Any, shards: Shards =
         level = sum(flat) + trained.reward.mean() + 0.1 * slow["copy"].mean()
         if config.memos:
             level += 0.1 * window.memo["seen"].mean()
+        level += config.noise * jax.random.normal(key, ())
         grads = {"mean": params["mean"] - level, "bias": params["bias"] - level / 2}
         grads, level = shards.mean((grads, level))
-        noise = config.noise * jax.random.normal(key, ())
-        after = jax.tree.map(lambda x, g: x - config.rate * g + noise, state.params, grads)
+        after = jax.tree.map(lambda x, g: x - config.rate * g, state.params, grads)
         squares = shards.sum_parts(jax.tree.map(lambda g: jnp.square(g).sum(), grads))
         made = state.rest["made"] + 1
         copies = jax.tree.map(lambda x: 0.9 * x + 0.1 * level, state.rest["slow"])

@@ -1,6 +1,7 @@
 """The driver for simulators on the host: the same run as on the device, whatever their speed."""
 
 import dataclasses
+import gc
 from fractions import Fraction
 
 import jax
@@ -8,33 +9,27 @@ import numpy as np
 import pytest
 import scripted
 
-from jaxwm import envs, train
+from jaxwm import train
 from jaxwm.envs.host import HostConfig
-from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay import device as replay
-from jaxwm.replay.device import ReplayConfig, close_abandoned
-from jaxwm.run import checkpoint
-from jaxwm.run.log import read_metrics
-from jaxwm.run.loop import _headline, evaluate_run, resume, run
+from jaxwm.replay.device import close_abandoned
 from jaxwm.types import JaxwmError
+from tests.train import fake
+from tests.train.fake import FakeConfig
 
 ITERATIONS = 10
+HOST = HostConfig(workers=1, timeout=20.0)
 
 
-@pytest.fixture(scope="module")
-def config():
-    return RunConfig(
-        env="chain:chain",
-        size="debug",
-        agent=dreamer_v3.agent("debug"),
-        steps=240,
-        envs=4,
-        replay=ReplayConfig(capacity=400, batch_size=2, batch_length=6, train_ratio=2.0),
-        host=HostConfig(workers=1, timeout=20.0),
-        eval_episodes=3,
-        log_every=40,
-        save_every=120,
-    )
+def run_config(**changes):
+    """A run that earns 4 * 3 / 12 = 1 update an iteration, unless it says otherwise."""
+    return fake.run_config("chain:chain", host=HOST, **changes)
+
+
+def newest(**changes):
+    return fake.newest("chain:chain", host=HOST, **changes)
+
+
+BLOCKS = {"prefill": 50, "pretrain": 4, "train_every": 20, "train_ratio": 7.0}
 
 
 def played(config, env, chunks):
@@ -56,52 +51,89 @@ def raw(state):
     return state._replace(key=jax.random.key_data(state.key))
 
 
-@pytest.mark.no_cover
-def test_both_drivers_are_the_same_run(config):
-    device, _ = played(config, scripted.device_chain(), 4)
-    host, metrics = played(config, scripted.chain(), 4)
-    assert int(host.clock.updates) > 10 and equal(device.clock, host.clock)
-    assert np.isfinite(metrics["loss/total"])
+def close(one, other):
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.allclose(x, y, rtol=0, atol=1e-6) for x, y in pairs)
+
+
+def test_both_drivers_are_the_same_run_until_acting_lags():
+    device, _ = played(run_config(), scripted.device_chain(), 4)
+    host, metrics = played(run_config(), scripted.chain(), 4)
+    assert int(host.clock.updates) == 32 and equal(device.clock, host.clock)
+    assert np.isfinite(metrics["loss/level"])
     # Both act alike until the first update, which only the device's next action knows of.
-    same = train.build(config, ITERATIONS, scripted.chain()).replay.warmup + 1
-    ours, theirs = (jax.tree.map(lambda x: x[:, :same], x.buffer) for x in (device, host))
-    assert same > 8 and equal(ours.rows, theirs.rows)
-    assert np.isfinite(host.buffer.deter).all() and host.buffer.rows.is_last.sum() > 8
+    same = train.build(run_config(), ITERATIONS, scripted.chain()).replay.warmup + 1
+    ours, theirs = (jax.tree.map(lambda x: x[:, :same], x.buffer.rows) for x in (device, host))
+    assert same == 10 and equal(ours, theirs)
+    assert host.buffer.rows.is_last.sum() > 8
 
 
-def test_the_train_ratio_is_exact(config):
-    replay = dataclasses.replace(config.replay, train_ratio=0.7)
-    state, _ = played(dataclasses.replace(config, replay=replay), scripted.chain(), 4)
+@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [(newest, {}), (run_config, BLOCKS), (run_config, {**BLOCKS, "context_every": 3})],
+    ids=["newest", "blocks", "contexts"],
+)
+def test_both_drivers_are_the_same_run_if_acting_waits(make, changes, place):
+    """Updates in blocks and agents of the newest rows: every row, memo and parameter."""
+    config = make(**changes)
+    device, told = played(config, scripted.device_chain(), 4)
+    replay = dataclasses.replace(config.replay, place=place)
+    host, metrics = played(dataclasses.replace(config, replay=replay), scripted.chain(), 4)
+    assert int(host.clock.updates) >= 6 and equal(device.clock, host.clock)
+    assert equal(device.buffer.rows, host.buffer.rows) and equal(device.row, host.row)
+    assert close(device.agent, host.agent) and close(device.buffer.memo, host.buffer.memo)
+    assert equal(host.env.acting, host.agent.params)
+    assert metrics["episode/count"] == told["episode/count"] > 0
+    assert np.isclose(metrics["loss/level"], told["loss/level"], atol=1e-5)
+
+
+def test_the_train_ratio_is_exact():
+    state, _ = played(run_config(train_ratio=0.7), scripted.chain(), 4)
     # 9 rows of each make the windows of a batch; every row from then on earns its share.
     earned = Fraction("0.7") * 4 * (40 - 8) / (2 * 6)
     assert int(state.clock.updates) == int(earned)
 
 
-def test_the_speed_of_the_simulators_changes_nothing(config):
-    quick, metrics = played(config, scripted.chain(), 4)
-    slow, slow_metrics = played(config, scripted.chain(nap=0.01), 4)
+@pytest.mark.parametrize("changes", [{}, BLOCKS])
+def test_the_speed_of_the_simulators_changes_nothing(changes):
+    quick, metrics = played(run_config(**changes), scripted.chain(), 4)
+    slow, slow_metrics = played(run_config(**changes), scripted.chain(nap=0.01), 4)
     assert int(quick.clock.updates) > 10
     assert equal(raw(quick), raw(slow))
     assert metrics["loss/total"] == slow_metrics["loss/total"]
     assert slow_metrics["host/waiting"] > 0 and slow_metrics["host/faults"] == 0
 
 
-def test_acting_parameters_lag_by_one_round(config):
-    program = train.build(config, 1, scripted.chain())
+def test_acting_parameters_lag_by_one_round():
+    program = train.build(run_config(train_ratio=2.0), 1, scripted.chain())
     state, before = program.init(), None
     for _ in range(20):
         known = jax.device_get((state.agent.params, state.env.acting))
         updates = int(state.clock.updates)
         state, _ = program.chunk(state)
-        if int(state.clock.updates) > max(updates, 1):  # the first one's rate is 0
+        if int(state.clock.updates) > updates:
             # The parameters from before this round act; those before them are gone.
             assert equal(state.env.acting, known[0])
             assert not equal(state.agent.params, known[0])
             before = known
-        elif not int(state.clock.updates) > updates:
+        else:
             assert equal(state.env.acting, known[1])
     program.close()
     assert before is not None
+
+
+def test_acting_waits_for_pretraining():
+    config = run_config(pretrain=7, train_ratio=2.0)
+    program = train.build(config, 1, scripted.chain())
+    state, found = program.init(), []
+    for _ in range(12):
+        state, _ = program.chunk(state)
+        found.append((int(state.clock.updates), equal(state.env.acting, state.agent.params)))
+    program.close()
+    # Two thirds of an update are earned from the ninth on: the tenth and eleventh make one each,
+    # after which acting lags again.
+    assert found[8:] == [(7, True), (8, False), (9, False), (9, False)]
 
 
 @pytest.fixture
@@ -112,28 +144,28 @@ def reuse_unchecked():
     jax.config.update("jax_debug_key_reuse", True)
 
 
-@pytest.mark.no_cover
-def test_seeds_side_by_side(config, reuse_unchecked):
-    state, metrics = played(dataclasses.replace(config, seeds=2), scripted.chain(), 4)
+@pytest.mark.parametrize("make", [run_config, newest])
+def test_seeds_side_by_side(make, reuse_unchecked):
+    state, metrics = played(make(seeds=2), scripted.chain(), 4)
     assert state.row.reward.shape == (2, 4) and metrics["loss/total"].shape == (2,)
-    assert int(state.clock.updates) > 10
+    assert int(state.clock.updates) >= 6
     one, two = (jax.tree.map(lambda x, i=i: x[i], state.agent.params) for i in range(2))
     assert not equal(one, two)
     assert np.isfinite(metrics["loss/total"]).all() and (metrics["episode/count"] > 0).all()
 
 
-def test_compiled_once_before_the_run(config):
-    program = train.build(config, ITERATIONS, scripted.chain())
+def test_compiled_once_before_the_run():
+    program = train.build(run_config(), ITERATIONS, scripted.chain())
     chunk, state = program.compile(), program.init()
     for _ in range(3):
         state, _ = chunk(state)
     program.close()
-    other, _ = played(config, scripted.chain(), 3)
+    other, _ = played(run_config(), scripted.chain(), 3)
     assert equal(raw(jax.device_get(state)), raw(other))
 
 
-def test_the_replay_does_not_bridge_a_fault(config):
-    state, metrics = played(config, scripted.chain(fails_at=17), 4)
+def test_the_replay_does_not_bridge_a_fault():
+    state, metrics = played(run_config(), scripted.chain(fails_at=17), 4)
     # Each of the four simulators, and each one made in its place, fails at its 17th step.
     assert metrics["host/faults"] == 8
     rows = jax.tree.map(lambda x: x[:, :40], state.buffer.rows)
@@ -147,63 +179,40 @@ def test_the_replay_does_not_bridge_a_fault(config):
     assert (np.asarray(closed.is_last)[:-1] == np.swapaxes(begun, 0, 1)).all()
 
 
-@pytest.fixture
-def own(monkeypatch):
-    """Lets a configuration name an environment of this test's."""
-
-    def give(env):
-        monkeypatch.setitem(envs.OWN, "chain:chain", env)
-
-    return give
-
-
-def test_a_run_from_start_to_end(config, own, tmp_path):
-    own(scripted.chain())
-    summary = run(config, tmp_path / "run", quiet=True)
-    assert summary.returns.shape == (1, 3) and set(summary.returns[0]) <= {0.0, 1.0}
-    lines = read_metrics(tmp_path / "run")
-    assert [line["step"] for line in lines] == [40, 80, 120, 160, 200, 240]
-    assert {"host/waiting", "host/faults", "loss/total"} <= set(lines[-1])
-    # jax alone takes a hundred megabytes; a worker with numpy in it some twenty.
-    assert lines[-1]["memory/process"] > 5e7 > lines[-1]["memory/simulators"] > 5e6
-    assert {x.name for x in (tmp_path / "run").iterdir()} >= {"curve.png", "dream.png"}
-    again = resume(tmp_path / "run", 320, quiet=True)
-    assert again.steps == 320 and again.updates > summary.updates
-    assert evaluate_run(tmp_path / "run", 2).shape == (1, 2)
+def test_too_many_faults_end_a_chunk_early_with_all_it_has():
+    config = run_config()
+    config = dataclasses.replace(config, host=dataclasses.replace(HOST, max_faults=5))
+    program = train.build(config, ITERATIONS, scripted.chain(fails_at=17))
+    state = program.init()
+    while program.fault(state) is None:
+        state, _ = program.chunk(state)
+    assert "raised 6 times" in program.fault(state)
+    # The rows of the iteration in which it gave up are stored, those after it never came.
+    done = int(state.clock.iteration)
+    assert done % ITERATIONS and int(state.clock.cursor.written) == done
+    assert int(state.clock.updates) == done - 8
+    program.close()
 
 
-def test_too_many_faults_save_and_stop_the_run(config, own, tmp_path):
-    own(scripted.chain(fails_at=17))
-    host = dataclasses.replace(config.host, max_faults=5)
-    with pytest.raises(JaxwmError, match=r"(?s)stopped before step.*raised 6 times.*chain broke"):
-        run(dataclasses.replace(config, host=host), tmp_path / "run", quiet=True)
-    assert 4 * 34 <= checkpoint.latest(tmp_path / "run") < 240
-    own(scripted.chain())
-    assert resume(tmp_path / "run", 240, quiet=True).steps >= 240
+def test_a_failing_update_ends_the_run(monkeypatch):
+    program = train.build(run_config(), ITERATIONS, scripted.chain())
+    state = program.init()
+    monkeypatch.setattr(
+        train.host.Learner, "_improve", lambda self, due: (_ for _ in ()).throw(OSError("broke"))
+    )
+    with pytest.raises(OSError, match="broke"):
+        program.chunk(state)
+    program.close()
 
 
-def test_modules_named_in_a_file_are_not_imported(config):
-    with pytest.raises(JaxwmError, match="would import the module chain"):
-        train.make_env(config)
-
-
-def placed(config, place, **changes):
-    where = dataclasses.replace(config.replay, place=place, **changes)
-    return dataclasses.replace(config, replay=where)
-
-
-def played_and_resumed(config, folder):
-    """Two chunks, a checkpoint, and two more from it: the program, states, and metrics."""
+def resumed(config):
+    """Two chunks, and two more after fresh episodes: the program, states, and metrics."""
     program = train.build(config, ITERATIONS, scripted.chain())
     state = program.init()
     for _ in range(2):
         state, before = program.chunk(state)
-    with checkpoint.Saver(folder, config, pytest.fail) as saver:
-        saver.save(1, state)
     saved = jax.device_get(raw(state))
     saved = saved._replace(buffer=jax.tree.map(np.copy, saved.buffer))
-    state = checkpoint.restore(folder, program.shapes(), config)
-    assert equal(raw(state), saved)
     state = program.resume(state)
     for _ in range(2):
         state, after = program.chunk(state)
@@ -214,33 +223,40 @@ def played_and_resumed(config, folder):
 
 
 def learned(state):
-    """All of a state but the account of metrics: the total of the losses is summed in an order that
-    the compiler chooses."""
+    """All of a state but the account of metrics: the compiler chooses the order of their sums."""
     return raw(state)._replace(account=state.account.taken)
 
 
 def on_device(shape):
+    gc.collect()
     return sum(x.shape[: len(shape)] == shape for x in jax.live_arrays())
 
 
-@pytest.mark.no_cover
-def test_a_replay_in_host_memory_is_the_same_run(config, tmp_path, caplog):
-    # 4 * 9 / 12 = 3 updates a round.
-    device, host = (placed(config, place, train_ratio=9.0) for place in ("device", "host"))
-    _, states, metrics = played_and_resumed(device, tmp_path / "device")
+CASES = {
+    "round": ({"train_ratio": 9.0}, 3 * (40 - 8)),  # 4 * 9 / 12 = 3 updates a round
+    "blocks": (BLOCKS, None),
+    "contexts": ({"context_every": 3}, 40 - 8),
+    "empty": ({"agent": FakeConfig(memos=False)}, 40 - 8),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_replay_in_host_memory_is_the_same_run(case, caplog):
+    changes, updates = CASES[case]
+    _, states, metrics = resumed(run_config(**changes))
     states = [jax.device_get(raw(x)) for x in states]
-    before = on_device((4, 100))
-    program, found, found_metrics = played_and_resumed(host, tmp_path / "host")
+    before = on_device((4, 100)), on_device((4, 99))
+    program, found, found_metrics = resumed(run_config(place="host", **changes))
     assert equal([learned(x) for x in found], [learned(x) for x in states])
-    told = [y | {"loss/total": round(float(y["loss/total"]), 4)} for y in found_metrics]
-    assert equal(told, [y | {"loss/total": round(float(y["loss/total"]), 4)} for y in metrics])
-    assert int(states[1].clock.updates) == 3 * (40 - 8)
+    for ours, theirs in zip(found_metrics, metrics, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(np.isclose(ours[x], theirs[x], rtol=1e-5, equal_nan=True) for x in ours)
+    assert updates is None or int(states[1].clock.updates) == updates
     # Its rings lie in the host's memory, and all else on the device, as donation needs it.
     state = found[1]
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(state.buffer))
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves((state.agent, state.clock)))
-    assert on_device((4, 100)) == before
-    assert "bytes in the memory of the host" in _headline(host, program, tmp_path)
+    assert (on_device((4, 100)), on_device((4, 99))) == before
 
     # Compiled once, and never again.
     chunk, state = program.compile(), program.resume(found[1])
@@ -250,28 +266,21 @@ def test_a_replay_in_host_memory_is_the_same_run(config, tmp_path, caplog):
             state, _ = chunk(state)
     program.close()
     assert not [x for x in caplog.records if "ompil" in x.getMessage()]
-    assert int(state.clock.updates) == 3 * (70 - 8) and on_device((4, 100)) == before
-
-    # The place belongs to the run.
-    with pytest.raises(JaxwmError, match=r"replay.place: 'host' here, 'device' there"):
-        checkpoint.restore(tmp_path / "device", program.shapes(), host)
+    assert int(state.clock.iteration) == 70
 
 
-@pytest.mark.no_cover
-def test_a_replay_in_host_memory_for_seeds_side_by_side(config, reuse_unchecked, tmp_path):
-    config = dataclasses.replace(config, seeds=2)
-    device, host = (placed(config, place, context_every=3) for place in ("device", "host"))
-    _, states, _ = played_and_resumed(device, tmp_path / "device")
-    _, found, _ = played_and_resumed(host, tmp_path / "host")
-    assert int(found[1].clock.updates) > 10 and found[1].buffer.deter.shape == (2, 4, 33, 16)
-    assert equal([learned(x) for x in found], [learned(x) for x in states])
+@pytest.mark.parametrize(("make", "changes"), [(run_config, {"context_every": 3}), (newest, {})])
+def test_a_replay_in_host_memory_for_seeds_side_by_side(make, changes, reuse_unchecked):
+    config = make(seeds=2, **changes)
+    _, states, _ = resumed(config)
+    host = dataclasses.replace(config.replay, place="host")
+    _, found, _ = resumed(dataclasses.replace(config, replay=host))
+    assert found[1].buffer.memo["seen"].shape[:2] == (2, 4)
+    assert int(found[1].clock.updates) >= 6
+    assert equal([x.buffer.rows for x in found], [x.buffer.rows for x in states])
+    assert close([learned(x) for x in found], [learned(x) for x in states])
 
 
-def test_a_replay_that_cannot_lie_in_host_memory_is_told(config, monkeypatch):
-    config = placed(config, "host")
-    with pytest.raises(JaxwmError, match=r"needs simulators on the host, and chain runs on the de"):
-        train.build(config, single=scripted.device_chain())
-    # The host's memory counts, not the device's.
-    monkeypatch.setattr(replay, "_host_bytes", lambda: 1000)
-    with pytest.raises(JaxwmError, match=r"this host has 0.0 GiB. Lower --replay.capacity"):
-        train.build(config, single=scripted.chain())
+def test_modules_named_in_a_file_are_not_imported():
+    with pytest.raises(JaxwmError, match="would import the module chain"):
+        train.make_env(run_config())
