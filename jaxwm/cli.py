@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxwm import heap
 from jaxwm.recipes import RECIPES
 from jaxwm.run import lock
 from jaxwm.run.stop import at_once
@@ -139,8 +138,6 @@ def _dispatch(argv: list[str], whole: bool) -> int:
         return 0
     if name not in _COMMANDS:
         raise UsageError(_unknown(name, _COMMANDS, "command"))
-    if whole and name in ("train", "resume"):
-        heap.ask_for_large_pages()
     _keep_compiled_programs()
     # XLA's warnings: one for each array that is larger than a piece of temporary memory.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -162,10 +159,8 @@ def _train(words: list[str]) -> None:
     parser.add_argument("--tensorboard", action="store_true")
     _add_processes(parser)
     if not words or words[0] in ("-h", "--help"):
-        recipes = "".join(f"  {name}\n" for name in RECIPES)
-        print(
-            f"{_TRAIN_HELP}\nrecipes:\n{recipes}", end="", file=sys.stdout if words else sys.stderr
-        )
+        text = _TRAIN_HELP + "\nrecipes:\n" + "".join(f"  {name}\n" for name in RECIPES)
+        print(text, end="", file=sys.stdout if words else sys.stderr)
         raise SystemExit(0 if words else 2)
     recipe, *words = words
     if recipe not in RECIPES:
@@ -239,12 +234,13 @@ def _eval(words: list[str]) -> None:
     _check_range("--episodes", known.episodes, 2**31 - 1)
     _check_range("--seed", known.seed or 0, 2**32 - 1, least=0)
     _load_own(known.env)
+    from jaxwm.evaluate.final import evaluate_run, evaluation_lines
     from jaxwm.run.checkpoint import read_config
-    from jaxwm.run.loop import diverged, evaluate_run, evaluation_lines
+    from jaxwm.run.divergence import stopped_at_end
 
     returns = evaluate_run(known.run, known.episodes, known.seed)
     config = read_config(known.run)
-    print("\n".join(evaluation_lines(returns, config, diverged(known.run, config))))
+    print("\n".join(evaluation_lines(returns, config, stopped_at_end(known.run, config))))
 
 
 def _checkpoints(words: list[str]) -> None:
@@ -298,7 +294,7 @@ def _join_processes(known: argparse.Namespace) -> None:
     explicit = known.coordinator, known.processes, known.process
     if not known.distributed and explicit == (None, None, None):
         return
-    from jaxwm.train.mesh import join
+    from jaxwm.train.processes import join
 
     join(*explicit)
 

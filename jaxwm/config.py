@@ -130,8 +130,15 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
         if dataclasses.is_dataclass(a) and type(a) is type(b):
             lines += differences(a, b, f"{path}{field.name}.")
         elif a != b:
-            lines.append(f"{path}{field.name}: {a!r} here, {b!r} there")
+            lines.append(f"{path}{field.name}: {_shown(a)} here, {_shown(b)} there")
     return lines
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: a whole table by the name of its class."""
+    if isinstance(value, Inline):
+        return str(value)
+    return f"a {type(value).__name__}" if dataclasses.is_dataclass(value) else repr(value)
 
 
 class Inline:

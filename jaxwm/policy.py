@@ -1,8 +1,8 @@
 """A trained agent to act with on numpy arrays, outside of any compiled program.
 
-policy = jaxwm.load("runs/demo")
-action, state = policy.act(obs)           # starts an episode
-action, state = policy.act(obs, state)    # continues it
+    policy = jaxwm.load("runs/demo")
+    action, state = policy.act(obs)           # starts an episode
+    action, state = policy.act(obs, state)    # continues it
 """
 
 from pathlib import Path
@@ -137,7 +137,7 @@ def load(run: str | Path, seed: int = 0, member: int = 0, mode: Mode = "sample")
       A `Policy`.
 
     Raises:
-      JaxwmError: if the folder is neither, has no intact checkpoint, or there is no such member.
+      JaxwmError: if the folder is neither, has no sound checkpoint, or there is no such member.
     """
     config = checkpoint.read_config(Path(run))
     require(

@@ -7,8 +7,7 @@ import pytest
 import jaxwm
 from jaxwm import policy as policies
 from jaxwm import train
-from jaxwm.agent import make_agent
-from jaxwm.recipes import dreamer_v3
+from jaxwm.recipes import agent_of, dreamer_v3
 from jaxwm.types import Box, Discrete, JaxwmError
 
 
@@ -35,7 +34,7 @@ def test_a_batch_has_a_leading_axis_and_remembers(policy):
     np.testing.assert_array_equal(state.action, action)
 
     def latent(state, key):
-        return policy.act(cues, state._replace(key=jax.random.key(key)))[1].latent.deter
+        return policy.act(cues, state._replace(key=jax.random.key(key)))[1].carry.model.core
 
     # An episode that begins anew forgets: it goes on as a fresh one with the same draws.
     fresh, going = latent(policy.initial(3), 1), latent(state, 1)
@@ -54,7 +53,7 @@ def test_the_seed_decides(finished, policy):
 def test_boxes_are_clipped_and_remembered_as_they_were_drawn():
     config = dreamer_v3.config("toy/Reach", "debug", None, None)
     env = train.make_env(config)
-    agent = make_agent(config.agent, env.obs_space, env.action_space)
+    agent = agent_of(config, env.obs_space, env.action_space)
     params = jax.jit(agent.init)(jax.random.key(0)).params
     obs = {name: np.zeros((64, *x.shape), x.dtype) for name, x in env.obs_space.items()}
     action, state = policies.Policy(agent, params, env).act(obs)

@@ -1,7 +1,8 @@
 """The operations of `plain`, faster on CPUs."""
 
+import jax.numpy as jnp
+
 from jaxwm.backend.plain import (  # noqa: F401
-    block_product,
     by_slices,
     convolve_transposed_valid,
     convolve_valid,
@@ -19,3 +20,10 @@ from jaxwm.convolutions import (  # noqa: F401
     convolve_transposed,
 )
 from jaxwm.products import product  # noqa: F401
+
+
+def block_product(x, kernel):
+    blocks, inputs, outputs = kernel.shape
+    lead = x.shape[:-1]
+    grouped = jnp.swapaxes(x.reshape(-1, blocks, inputs), 0, 1)
+    return jnp.swapaxes(jnp.matmul(grouped, kernel), 0, 1).reshape(*lead, -1)

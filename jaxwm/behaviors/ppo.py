@@ -19,24 +19,26 @@ Differences from the public implementations (vwxyzjn/cleanrl, luchris429/purejax
 
 import dataclasses
 import functools
-import itertools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxwm import dists, nets, optim
-from jaxwm.config import at_least, positive, require, share, unchecked
+from jaxwm import optim
+from jaxwm.behaviors.ppo_networks import (
+    HeadsConfig,
+    Networks,
+    actor_and_critic,
+    choose,
+    log_prob_of,
+)
+from jaxwm.config import at_least, positive, require, share
 from jaxwm.numerics import (
     Running,
     Scalar,
     running_init,
-    running_normalize,
     running_update,
-    wide,
 )
 from jaxwm.optim import Number, numbers_at_least, value_at
 from jaxwm.returns import generalized_advantage
@@ -47,10 +49,7 @@ from jaxwm.types import (
     Agent,
     AgentState,
     Array,
-    Box,
-    Discrete,
     Float,
-    JaxwmError,
     Key,
     Metrics,
     Mode,
@@ -59,37 +58,9 @@ from jaxwm.types import (
     Params,
     PyTree,
     Shards,
-    Space,
     Step,
     Window,
-    as_dict,
-    is_image,
-    zeros,
 )
-
-sg = jax.lax.stop_gradient
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadsConfig:
-    """The actor and the critic: one MLP each, of this form.
-
-    Args:
-      hidden: widths of the hidden layers; () makes actor and critic linear.
-      act: activation of the hidden layers.
-      kernel_init: how kernels start. "orthogonal" has the gain sqrt(2) in hidden layers, 0.01 in
-        the actor's output and 1 in the critic's; the others have the scale 1 everywhere.
-    """
-
-    hidden: tuple[int, ...] = (64, 64)
-    act: nets.Act = "tanh"
-    kernel_init: nets.Init = "orthogonal"
-
-    def __post_init__(self):
-        require(
-            all(units >= 1 for units in self.hidden),
-            f"HeadsConfig.hidden is {self.hidden}; every layer must have at least one unit.",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +114,16 @@ class PPOConfig:
         numbers_at_least(self, 0, "clip", "value_clip", "value", "entropy", "learning_rate")
 
 
+class Numbers(NamedTuple):
+    """The entries of `PPOConfig` that may be schedules, at one update."""
+
+    clip: Scalar
+    value_clip: Scalar
+    value: Scalar
+    entropy: Scalar
+    learning_rate: Scalar
+
+
 class Batch(NamedTuple):
     """N actions to learn from. `log_prob` and `value` are those of the time of acting."""
 
@@ -161,18 +142,6 @@ class Rest(NamedTuple):
     opt: Any
     updates: Array
     rewards: Running | tuple[()]  # of discounted sums, if rewards are normalised
-
-
-class Networks(NamedTuple):
-    """Actor and critic as pure functions.
-
-    Attributes:
-      init: `key -> params`.
-      apply: `params, obs (N, ...) -> {action key: distribution}, values (N,)`.
-    """
-
-    init: Callable[[Key], Params]
-    apply: Callable[..., tuple[dict[str, Any], Array]]
 
 
 def normalized(
@@ -257,15 +226,15 @@ def ppo(
       config: hyperparameters.
       obs_space: space of each observation key.
       action_space: one space, or a space per key.
-      encoder: `key -> params` and `params, obs (N, ...) -> (N, F)`, what actor and critic read. If
-        it has parameters, both of them train it.
+      encoder: what actor and critic read, see `ppo_networks.actor_and_critic`.
       dtype: compute type of the networks.
       shards: how the shards of the training meet, if it is divided.
 
     Raises:
       JaxwmError: if the actor cannot take an action space.
     """
-    networks = actor_and_critic(config, obs_space, action_space, encoder, dtype)
+    spaces = obs_space, action_space
+    networks = actor_and_critic(config.heads, *spaces, encoder, dtype, config.normalize_obs)
     squares = lambda tree: shards.sum_parts(optim.square_sums(tree))  # noqa: E731
     optimizer = optim.clipped_adam(config.max_grad_norm, config.eps, squares)
 
@@ -282,8 +251,8 @@ def ppo(
         params: Params, carry: PyTree, row: Step, key: Key, mode: Mode = "explore"
     ) -> tuple[PyTree, Action, PyTree]:
         policy, value = networks.apply(shards.gather_params(params), row.obs)
-        action = _chosen(policy, key, mode)
-        memo = {"log_prob": _log_prob(policy, action), "value": value}
+        action = choose(policy, key, mode)
+        memo = {"log_prob": log_prob_of(policy, action), "value": value}
         if config.normalize_reward:
             past = jnp.where(row.is_first, 0.0, config.discount * carry["return"]) + row.reward
             carry = {"return": past}
@@ -295,7 +264,8 @@ def ppo(
         params, rest = state
         rewards = _reward_statistics(rest.rewards, window, shards)
         batch = batch_of(config, window, rewards)
-        learn = gradient_step(at_update(config, rest.updates), networks, optimizer, batch, shards)
+        numbers = numbers_at(config, rest.updates)
+        learn = gradient_step(config, numbers, networks, optimizer, batch, shards)
         params, opt, metrics = _epochs(config, learn, (params, rest.opt), batch, key)
         metrics |= {"value/explained_variance": _explained(batch, shards.mean)}
         params = _observe(params, window.steps.obs, shards)
@@ -363,24 +333,23 @@ def _epochs(
     return params, opt, jax.tree.map(jnp.mean, metrics)
 
 
-def at_update(config: PPOConfig, updates: Array | int) -> PPOConfig:
-    """The hyperparameters after so many updates: schedules become numbers."""
-    names = ("clip", "value_clip", "value", "entropy", "learning_rate")
-    return unchecked(config, **{name: value_at(getattr(config, name), updates) for name in names})
+def numbers_at(config: PPOConfig, updates: Array | int) -> Numbers:
+    """The numbers that may be schedules, after so many updates."""
+    return Numbers(*(value_at(getattr(config, name), updates) for name in Numbers._fields))
 
 
 def objective(
-    config: PPOConfig,
+    numbers: Numbers,
     networks: Networks,
     params: Params,
     batch: Batch,
     advantage: Float[Array, " N"],
     count: Scalar,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of a minibatch: policy + config.value * value - config.entropy * entropy.
+    """The loss of a minibatch: `policy + numbers.value * value - numbers.entropy * entropy`.
 
     Args:
-      config: hyperparameters, without schedules.
+      numbers: weights and limits.
       networks: the actor and the critic.
       params: their parameters.
       batch: the minibatch.
@@ -391,11 +360,11 @@ def objective(
       The loss, and metrics.
     """
     policy, value = networks.apply(params, batch.obs)
-    log_prob = _log_prob(policy, batch.action)
-    each = clipped_losses(log_prob, value, advantage, batch, config.clip, config.value_clip)
+    log_prob = log_prob_of(policy, batch.action)
+    each = clipped_losses(log_prob, value, advantage, batch, numbers.clip, numbers.value_clip)
     each |= {"entropy": sum(dist.entropy() for dist in policy.values())}
     mean = {name: (batch.weight * x).sum() / count for name, x in each.items()}
-    total = mean["policy"] + config.value * mean["value"] - config.entropy * mean["entropy"]
+    total = mean["policy"] + numbers.value * mean["value"] - numbers.entropy * mean["entropy"]
     return total, {
         "loss/policy": mean["policy"],
         "loss/value": mean["value"],
@@ -409,6 +378,7 @@ def objective(
 
 def gradient_step(
     config: PPOConfig,
+    numbers: Numbers,
     networks: Networks,
     optimizer: optim.Optimizer,
     batch: Batch,
@@ -417,7 +387,8 @@ def gradient_step(
     """`(params, opt), rows, there -> (params, opt), metrics`: one step on some rows of a batch.
 
     Args:
-      config: hyperparameters, without schedules.
+      config: says how advantages are normalised.
+      numbers: weights, limits and the learning rate.
       networks: the actor and the critic.
       optimizer: gives what to subtract, in units of the learning rate.
       batch: what `rows`, an array of indices, choose from. Where `there` is False, a row is
@@ -434,14 +405,14 @@ def gradient_step(
         # All shards divide by the mean of their counts: the mean of their gradients is then that
         # of all their rows.
         count = jnp.maximum(shards.mean(part.weight.sum()), 1e-6)
-        loss = functools.partial(objective, config, networks)
+        loss = functools.partial(objective, numbers, networks)
         whole = shards.gather_params(params)
         gradient, metrics = jax.grad(loss, has_aux=True)(whole, part, advantage, count)
         gradient, metrics = shards.mean((gradient, metrics))
         squares = shards.sum_parts(optim.square_sums(gradient))
         metrics |= {"grad_norm": optim.global_norm(gradient, lambda _: squares)}
         change, opt = optimizer.update(gradient, opt)
-        step_size = config.learning_rate
+        step_size = numbers.learning_rate
         params = jax.tree.map(lambda x, change: x - step_size * change, params, change)
         return (params, opt), metrics
 
@@ -482,137 +453,3 @@ def _observe(params: Params, obs: dict[str, Array], shards: Shards) -> Params:
         rows = obs[name][1:].reshape(-1, *state.mean.shape)
         fresh[name] = running_update(state, rows, jnp.ones(rows.shape[:1]), shards.total)
     return params | {"observations": shards.slice(fresh)}
-
-
-def actor_and_critic(
-    config: PPOConfig,
-    obs_space: ObsSpace,
-    action_space: ActionSpace,
-    encoder: Net,
-    dtype: str = "float32",
-) -> Networks:
-    """The networks of `ppo`.
-
-    Discrete actions have a categorical distribution each, boxes independent normals whose standard
-    deviations do not depend on the state. They are not squashed: environments clip actions.
-
-    Args:
-      config: see `ppo`.
-      obs_space: see `ppo`.
-      action_space: see `ppo`.
-      encoder: see `ppo`.
-      dtype: see `ppo`.
-
-    Raises:
-      JaxwmError: if the actor cannot take an action space.
-    """
-    spaces = dict(sorted(as_dict(action_space).items()))
-    sizes = [_outputs(name, space) for name, space in spaces.items()]
-    boxes = {name: space for name, space in spaces.items() if isinstance(space, Box)}
-    numbers = [name for name, space in obs_space.items() if _normalizable(space)]
-    encode = lambda key: encoder.apply(encoder.init(key), zeros(obs_space, (1,)))  # noqa: E731
-    token = jax.eval_shape(encode, jax.random.key(0))
-    actor = _mlp(config.heads, token.shape[-1], sum(sizes), 0.01, dtype)
-    critic = _mlp(config.heads, token.shape[-1], 1, 1.0, dtype)
-
-    def init(key: Key) -> Params:
-        key_encoder, key_actor, key_critic = jax.random.split(key, 3)
-        parts = {
-            "encoder": encoder.init(key_encoder),
-            "actor": actor.init(key_actor),
-            "critic": critic.init(key_critic),
-            "log_std": {name: jnp.zeros(space.shape) for name, space in boxes.items()},
-        }
-        if config.normalize_obs:
-            parts["observations"] = {name: running_init(obs_space[name].shape) for name in numbers}
-        return {name: part for name, part in parts.items() if part}
-
-    def apply(params: Params, obs: dict[str, Array]) -> tuple[dict[str, Any], Array]:
-        # No gradient: the statistics stand among the parameters because acting needs them.
-        seen = sg(params.get("observations", {}))
-        obs = obs | {name: running_normalize(seen[name], obs[name]) for name in seen}
-        token = encoder.apply(params.get("encoder", {}), obs)
-        value = critic.apply(params["critic"], token)[..., 0]
-        outputs = jnp.split(actor.apply(params["actor"], token), np.cumsum(sizes)[:-1], -1)
-        policy = {}
-        for (name, space), out in zip(spaces.items(), outputs, strict=True):
-            lead, rank = out.shape[:-1], len(space.shape)
-            if isinstance(space, Discrete):
-                logits = out.reshape(*lead, *space.shape, space.width)
-                policy[name] = dists.Categorical(logits, space.mask(), event_ndims=rank)
-            else:
-                loc = out.reshape(*lead, *space.shape)
-                scale = jnp.exp(params["log_std"][name])
-                policy[name] = dists.Normal(loc, jnp.broadcast_to(scale, loc.shape), rank)
-        return policy, wide(value)
-
-    return Networks(init, apply)
-
-
-def _mlp(config: HeadsConfig, inputs: int, outputs: int, gain: float, dtype: str) -> Net:
-    """An MLP (..., inputs) to (..., outputs); the output has no activation.
-
-    Args:
-      config: hidden layers.
-      inputs: numbers that it reads.
-      outputs: numbers that it gives.
-      gain: of the output's kernel, if kernels are orthogonal.
-      dtype: compute type.
-    """
-    sizes = (inputs, *config.hidden, outputs)
-    gains = [*(math.sqrt(2) for _ in config.hidden), gain]
-    if config.kernel_init != "orthogonal":
-        gains = [1.0] * len(gains)
-    layers = [
-        nets.Linear(*ends, gain, dtype, config.kernel_init)
-        for ends, gain in zip(itertools.pairwise(sizes), gains, strict=True)
-    ]
-
-    def init(key: Key) -> Params:
-        keys = jax.random.split(key, len(layers))
-        blanks = [jnp.zeros((1, size)) for size in sizes[:-1]]
-        made = [x.init(k, blank) for x, k, blank in zip(layers, keys, blanks, strict=True)]
-        return {str(index): variables["params"] for index, variables in enumerate(made)}
-
-    def apply(params: Params, x: Array) -> Array:
-        for index, layer in enumerate(layers):
-            x = nets.call(layer)(params[str(index)], x)
-            if index + 1 < len(layers):
-                x = nets.ACTIVATIONS[config.act](x)
-        return x
-
-    return Net(init, apply)
-
-
-def _outputs(name: str, space: Space) -> int:
-    """How many outputs of the actor an action takes."""
-    if isinstance(space, Discrete):
-        return math.prod(space.shape) * space.width
-    if space.dtype == "float32":
-        return math.prod(space.shape)
-    raise JaxwmError(
-        f"The action {name!r} has the space {space}, which PPO cannot take: use Discrete, or a "
-        "float32 Box."
-    )
-
-
-def _normalizable(space: Space) -> bool:
-    """Whether an observation holds numbers that are always there."""
-    return isinstance(space, Box) and not is_image(space) and not space.missing
-
-
-def _chosen(policy: dict[str, Any], key: Key, mode: Mode) -> dict[str, Array]:
-    """An action of a policy: the mode if "greedy", else drawn."""
-    if mode == "greedy":
-        return {name: dist.mode() for name, dist in policy.items()}
-    return {
-        name: policy[name].sample(seed=jax.random.fold_in(key, index))
-        for index, name in enumerate(policy)
-    }
-
-
-def _log_prob(policy: dict[str, Any], action: Action) -> Array:
-    """The log-probability of an action, all its entries together."""
-    entries = as_dict(action)
-    total: Any = sum(dist.log_prob(entries[name]) for name, dist in policy.items())
-    return total

@@ -7,7 +7,7 @@ only training adds. `evaluate` and `collect` take a single environment and compi
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ import numpy as np
 from jaxwm.config import require
 from jaxwm.envs import wrappers
 from jaxwm.envs.host import Pool
-from jaxwm.models.imagine import dreamer, imagine
+from jaxwm.models.imagine import dreamer
+from jaxwm.train.act import Scene, advance, rows_after
 from jaxwm.types import (
     Agent,
     Array,
@@ -35,41 +36,18 @@ from jaxwm.types import (
 LIMIT = 27_000
 
 
-class Scene(NamedTuple):
-    """Environments and the agent in them, between two steps."""
-
-    env: Any
-    row: Step
-    carry: PyTree
-
-
-def scenes(
+def _scenes(
     agent: Agent, params: Params, env: Env, key: Key, mode: Mode
-) -> tuple[Callable[[], Scene], Callable[[Scene, Array], Scene]]:
-    """Acting in a batched environment: the first scene, and the step from one to the next.
-
-    Args:
-      agent: the agent.
-      params: its parameters.
-      env: a batched environment.
-      key: determines episodes and actions.
-      mode: how the agent acts.
-
-    Returns:
-      `() -> scene` and `scene, time -> scene`; the time makes the keys of each step.
-    """
+) -> tuple[Scene, Callable[[Scene, Array], Scene]]:
+    """The first scene of an agent in batched environments, and `scene, time -> scene` after it."""
     key_reset, key_run = jax.random.split(key)
-
-    def begin() -> Scene:
-        state, row = env.reset(key_reset)
-        return Scene(state, row, agent.initial(row.is_first.shape[0]))
+    act = lambda carry, row, key: agent.act(params, carry, row, key, mode)  # noqa: E731
 
     def step(scene: Scene, time: Array) -> Scene:
-        key_act, key_env = jax.random.split(jax.random.fold_in(key_run, time))
-        carry, action, _ = agent.act(params, scene.carry, scene.row, key_act, mode)
-        return Scene(*env.step(scene.env, action, key_env), carry)
+        return advance(act, env, scene, jax.random.fold_in(key_run, time))[0]
 
-    return begin, step
+    state, row = env.reset(key_reset)
+    return Scene(state, row, agent.initial(row.is_first.shape[0])), step
 
 
 def evaluate(
@@ -100,7 +78,7 @@ def evaluate(
     """
     _check_counts(episodes, limit)
     world = wrappers.guard(wrappers.batch(env, episodes))
-    begin, act = scenes(agent, params, world, key, mode)
+    scene, act = _scenes(agent, params, world, key, mode)
 
     def going(state: tuple[Array, Scene, Array, Array]) -> Array:
         time, _, _, alive = state
@@ -112,8 +90,7 @@ def evaluate(
         total += jnp.where(alive, scene.row.reward, 0.0)
         return time + 1, scene, total, alive & ~scene.row.is_last
 
-    scene, total = begin(), jnp.zeros((episodes,))
-    state = (jnp.zeros((), jnp.int32), scene, total, ~scene.row.is_last)
+    state = (jnp.zeros((), jnp.int32), scene, jnp.zeros((episodes,)), ~scene.row.is_last)
     _, scene, total, _ = jax.lax.while_loop(going, step, state)
     return jnp.where(scene.env.fault.count > 0, jnp.nan, total)
 
@@ -145,9 +122,9 @@ def collect(
       JaxwmError: if `length` or `count` is below 1.
     """
     require(length >= 1, f"A recording needs at least one row, not {length}.")
-    begin, act = scenes(agent, params, wrappers.batch(env, count), key, mode)
+    first, act = _scenes(agent, params, wrappers.batch(env, count), key, mode)
     step = lambda scene, time: (act(scene, time), scene.row)  # noqa: E731
-    return jax.lax.scan(step, begin(), jnp.arange(length))[1]
+    return jax.lax.scan(step, first, jnp.arange(length))[1]
 
 
 def host_evaluator(
@@ -202,14 +179,16 @@ def host_collect(
 
 def _host_rows(agent: Agent, pool: Pool, mode: Mode) -> Callable[[Params, Key], Iterator[Step]]:
     """`params, key -> rows` of the pool without end; the first ones start episodes."""
-    act = jax.jit(lambda *given: agent.act(*given, mode)[:2])
+    act = jax.jit(lambda *given: agent.act(*given, mode))
 
     def rows(params: Params, key: Key) -> Iterator[Step]:
-        row, carry = pool.reset(), agent.initial(pool.count)
-        for time in itertools.count():
+        def act_at(carry: PyTree, row: Step, time: int) -> Any:
+            return act(params, carry, row, jax.random.fold_in(key, time))
+
+        first, carry = pool.reset(), agent.initial(pool.count)
+        yield first
+        for row, _ in rows_after(act_at, pool.send, pool.receive, first, carry):
             yield row
-            carry, action = act(params, carry, row, jax.random.fold_in(key, time))
-            row = pool.step(jax.device_get(action))
 
     return rows
 
@@ -252,8 +231,7 @@ def open_loop(
         last = jax.tree.map(lambda x: x[-1], latents)
         # The action of row t led to it: it takes the dream from row t - 1 to row t.
         actions = jax.tree.map(lambda x: x[context:], steps.action)
-        dreams = imagine(
-            dreamer(model, params),
+        dreams = dreamer(model, params).imagine(
             Start(observed.carry, last, jnp.arange(count)),
             lambda features, action: action,
             (model.draws(key_dream, (length - context, count)), actions),

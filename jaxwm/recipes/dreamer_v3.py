@@ -29,7 +29,7 @@ from jaxwm.models.gru import BlockGRUConfig, block_gru
 from jaxwm.models.heads import Style, head, posterior
 from jaxwm.models.latents import LatentConfig, categorical
 from jaxwm.models.rssm import Head, Parts, rssm
-from jaxwm.numerics import keep_mirrored, symexp_bins
+from jaxwm.numerics import Scalar, keep_mirrored, symexp_bins
 from jaxwm.optim import (
     Number,
     OptimConfig,
@@ -41,7 +41,7 @@ from jaxwm.optim import (
 )
 from jaxwm.recipes import Recipe
 from jaxwm.recipes.run_config import RunConfig
-from jaxwm.replay.device import ReplayConfig
+from jaxwm.replay.config import ReplayConfig
 from jaxwm.types import (
     ALONE,
     ActionSpace,
@@ -104,7 +104,7 @@ class LossWeights:
     def __post_init__(self):
         numbers_at_least(self, 0, *(field.name for field in dataclasses.fields(self)))
 
-    def of(self, name: str) -> Number:
+    def of(self, name: str) -> Number | Scalar:
         """The weight of the loss `name`."""
         return getattr(self, {"continue": "cont"}.get(name, name.split("/")[0]))
 

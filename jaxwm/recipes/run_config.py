@@ -12,7 +12,7 @@ from jaxwm import optim
 from jaxwm.config import flatten, require
 from jaxwm.envs.host import HostConfig
 from jaxwm.recipes import find, sweep
-from jaxwm.replay.device import ReplayConfig
+from jaxwm.replay.config import ReplayConfig
 from jaxwm.types import ALONE, ActionSpace, Agent, ObsSpace, Shards
 
 # Members in one program: a mistyped number should not compute for hours.
@@ -141,8 +141,9 @@ class RunConfig:
     @property
     def updates(self) -> int:
         """Updates that the steps of the whole run earn for each member."""
-        batch = self.replay.batch_size * self.replay.batch_length
-        return int(self.steps * self.replay.train_ratio / batch)
+        replay = self.replay
+        trained = max(0, self.steps - replay.prefill) * replay.train_ratio
+        return replay.pretrain + int(trained / (replay.batch_size * replay.batch_length))
 
     @property
     def members(self) -> int:

@@ -101,21 +101,27 @@ def columns(config: Any) -> dict[str, list[float]]:
 def labels(config: Any) -> list[str]:
     """The setting of each member as "learning_rate=1e-05 entropy=0.0001"; "" without a sweep."""
     rows = [setting for setting in settings(config) for _ in range(config.seeds)]
-    paths = [_names(path) for path in rows[0]]
+    paths = [_split(path) for path in rows[0]]
 
     def short(path: list[str]) -> str:
         """The shortest end of a path that no other swept path shares."""
         ends = (path[-count:] for count in range(1, len(path) + 1))
         return ".".join(next(end for end in ends if sum(x[-len(end) :] == end for x in paths) == 1))
 
-    names = [short(path) for path in paths]
+    short_names = [short(path) for path in paths]
     return [
-        " ".join(f"{name}={value!r}" for name, value in zip(names, row.values(), strict=True))
+        " ".join(f"{name}={value!r}" for name, value in zip(short_names, row.values(), strict=True))
         for row in rows
     ]
 
 
-def _names(path: str) -> list[str]:
+def names(config: Any) -> list[str]:
+    """A name for each member: "learning_rate=1e-05 seed 3"."""
+    seeds = [f"seed {config.seed + i % config.seeds}" for i in range(config.members)]
+    return [f"{x} {y}".strip() for x, y in zip(labels(config), seeds, strict=True)]
+
+
+def _split(path: str) -> list[str]:
     """The names in a path; the start or end of a schedule keeps the schedule's name."""
     *parents, name = path.split(".")
     if name in ("start", "end") and parents:

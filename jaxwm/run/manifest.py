@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "MANIFEST.json"
-FORMAT = 2
+FORMAT = 3
 # Bytes of a manifest; that of a large model takes a tenth. JSON takes many times that in memory.
 LARGEST = 1 << 22
 _BLOCK = 1 << 20

@@ -1,4 +1,4 @@
-"""What a run takes of the device's memory, told before anything is allocated."""
+"""How much of the device's memory a run takes, estimated before anything is allocated."""
 
 import contextlib
 import math
@@ -14,7 +14,7 @@ from jaxwm.replay.device import device_bytes
 from jaxwm.train import Chunk, Program
 from jaxwm.types import JaxwmError
 
-# What changes each part most, the strongest first.
+# The flags that change each part, the strongest first.
 _FLAGS = {
     "replay": ("--replay.capacity", "--replay.context-every", "--seeds"),
     "parameters": ("--size", "--seeds"),
@@ -26,43 +26,42 @@ _FLAGS = {
 
 
 class Use(NamedTuple):
-    """Bytes of each memory, over all members there: the cores of a CPU share one."""
+    """Bytes of each memory, over all members in it: the cores of a CPU share one."""
 
     replay: int
-    parameters: int  # the slow critic's too
-    optimiser: int
+    parameters: int
+    optimiser: int  # with target networks, statistics and counters
     activations: int  # whatever the compiled program needs beside the state
-    environments: int  # their states, the present rows, counters
+    environments: int  # their states, the present rows, accounts
     saving: int  # copies of what a checkpoint writes
 
 
-def use(program: Program, chunk: Chunk, config: RunConfig) -> Use:
+def estimate(program: Program, chunk: Chunk, config: RunConfig) -> Use:
     """What a compiled run takes; a replay in the host's memory counts as nothing."""
     state = program.shapes()
     on_device = lambda tree: sum(_bytes(x) for x in jax.tree.leaves(tree))  # noqa: E731
-    agent = state.agent
-    replay, opt = on_device(state.buffer), on_device(agent.opt)
-    parameters = on_device((agent.params, agent.slow))
-    others = on_device(state) - replay - parameters - opt
-    # The rows since the save before the last, all latents, and whatever is not the replay.
-    capacity = config.replay.rows_per_env(config.envs)
+    replay, parameters = on_device(state.buffer), on_device(state.agent.params)
+    optimiser = on_device(state.agent.rest)
+    others = on_device(state) - replay - parameters - optimiser
+    # The rows since the save before the last, all memos, and everything outside the replay.
+    capacity = state.buffer.rows.is_first.shape[-1]
     all_rows = on_device(state.buffer.rows)
     rows = min(1.0, 2 * config.save_every / config.envs / capacity) * all_rows
-    latents = replay - all_rows
-    saved = rows + latents + parameters + opt + others
-    if jax.default_backend() == "cpu":
-        # Orbax copies again what it writes, array by array, into the host's memory, which is the
-        # device's. Latents are written in eighths.
-        saved += max(rows, latents / 8)
-    parts = replay, parameters, opt, chunk.temporary, others, int(saved)
-    return Use(*(program.layout.sharing * part for part in parts))
+    memo = replay - all_rows
+    saved = rows + memo + parameters + optimiser + others
+    if not jax.local_devices()[0].memory_stats():
+        # The device has no memory of its own, so that the copies which Orbax makes of each array in
+        # the host's memory are there too. It writes memos in eighths.
+        saved += max(rows, memo / 8)
+    found = replay, parameters, optimiser, chunk.temporary, others, int(saved)
+    return Use(*(program.layout.sharing * part for part in found))
 
 
-def check(used: Use) -> None:
+def ensure_free(used: Use) -> None:
     """Refuses a run that the device cannot hold.
 
     Raises:
-      JaxwmError: with the largest parts, and the flags that would change them.
+      JaxwmError: with the largest parts, and the flags that change them.
     """
     total, limit = sum(used), device_bytes()
     require(
@@ -78,10 +77,10 @@ def in_words(used: Use | None = None, lower: str | None = None) -> Iterator[None
 
     Args:
       used: what the run takes, once it is known.
-      lower: the flags to lower, if they are others than those of a training.
+      lower: the flags to lower, if they are not those of a training.
 
     Raises:
-      JaxwmError: with the largest parts, and the flags that would change them.
+      JaxwmError: with the largest parts, and the flags that change them.
     """
     try:
         yield
@@ -94,7 +93,7 @@ def in_words(used: Use | None = None, lower: str | None = None) -> Iterator[None
         parts = f" The run takes {_parts(used)}." if used else ""
         raise JaxwmError(
             f"{jax.devices()[0].device_kind} ran out of memory: {str(error).splitlines()[0]}"
-            f"{parts} Other programs may have some of it too. Lower {lower}."
+            f"{parts} Other programs may use some of it too. Lower {lower}."
         ) from error
 
 
@@ -107,7 +106,7 @@ def line(used: Use) -> str:
 
 
 def flags(used: Use) -> str:
-    """The three flags that would change the use most."""
+    """The three flags that change the use most."""
     found: list[str] = []
     for name in _largest(used):
         found += [flag for flag in _FLAGS[name] if flag not in found]

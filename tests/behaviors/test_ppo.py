@@ -8,7 +8,7 @@ import pytest
 
 from jaxwm import optim
 from jaxwm.behaviors import ppo
-from jaxwm.models.encoders import CodecConfig, encoder_net, flat_net
+from jaxwm.models.encoders import CodecConfig, encoder, flat_net
 from jaxwm.types import Box, Discrete, JaxwmError, Shards, Step, Window, as_dict, zeros
 
 SPACES = {"vector": Box((3,)), "index": Discrete(4)}
@@ -156,13 +156,13 @@ def test_an_update_of_one_minibatch_is_the_step_on_all_rows(agent, state, window
     config = dataclasses.replace(SMALL, epochs=1, minibatches=1)
     learned, memo, metrics = make(config).update(state, window, jax.random.key(1))
     assert memo is None
-    networks = ppo.actor_and_critic(config, SPACES, ACTIONS, flat_net(SPACES))
+    networks = ppo.actor_and_critic(config.heads, SPACES, ACTIONS, flat_net(SPACES))
     batch = ppo.batch_of(config, window)
     count = batch.weight.sum()
     # Two of 24 steps lead from one episode to the next.
     assert count == 22
     advantage = ppo.normalized(batch.advantage, batch.weight)
-    loss = functools.partial(ppo.objective, config, networks)
+    loss = functools.partial(ppo.objective, ppo.numbers_at(config, 0), networks)
     slope = jax.jit(jax.grad(loss, has_aux=True))
     gradient, found = slope(state.params, batch, advantage, count)
     norm = optim.global_norm(gradient)
@@ -224,17 +224,19 @@ def test_steps_between_episodes_change_nothing(agent, state, window):
 def test_losses_reach_what_they_train(agent, state, window):
     spaces = SPACES | {"image": Box((16, 16, 3), "uint8", 0, 255)}
     codec = CodecConfig(units=8, layers=1, depth=2, mults=(1, 2), blocks=2)
-    encoder = lambda obs: encoder_net(obs, codec)  # noqa: E731
-    agent = make(obs=spaces, encoder=encoder)
+    shared = functools.partial(encoder, codec)
+    agent = make(obs=spaces, encoder=shared)
     params = start(agent).params
-    networks = ppo.actor_and_critic(SMALL, spaces, ACTIONS, encoder(spaces))
+    networks = ppo.actor_and_critic(SMALL.heads, spaces, ACTIONS, shared(spaces))
     batch = ppo.batch_of(SMALL, acted(agent, params, random_rows(1, obs=spaces)))
 
     def reached(policy: float, value: float, entropy: float) -> set[str]:
         def loss(params):
             config = dataclasses.replace(SMALL, value=value, entropy=entropy)
             advantage = policy * batch.advantage
-            return ppo.objective(config, networks, params, batch, advantage, 24.0)[0]
+            return ppo.objective(
+                ppo.numbers_at(config, 0), networks, params, batch, advantage, 24.0
+            )[0]
 
         norms = {k: optim.global_norm(g) for k, g in jax.jit(jax.grad(loss))(params).items()}
         return {name for name, norm in norms.items() if norm > 0}
@@ -258,7 +260,7 @@ def test_classes_that_do_not_exist(agent, state):
     jump = np.asarray(action["jump"])
     assert set(jump[:, 0].tolist()) == {0, 1} and set(jump[:, 1].tolist()) == {0, 1, 2}
     assert memo["log_prob"].shape == (2000,)
-    networks = ppo.actor_and_critic(SMALL, SPACES, ACTIONS, flat_net(SPACES))
+    networks = ppo.actor_and_critic(SMALL.heads, SPACES, ACTIONS, flat_net(SPACES))
 
     def entropy(params):
         return networks.apply(params, row.obs)[0]["jump"].entropy().sum()
@@ -280,7 +282,7 @@ def test_modes_of_acting(agent, state):
     equal(act(state.params, (), row, jax.random.key(0), "sample")[1], explored)
     other = act(state.params, (), row, jax.random.key(1), "explore")[1]
     assert not np.array_equal(other["turn"], explored["turn"])
-    networks = ppo.actor_and_critic(SMALL, SPACES, ACTIONS, flat_net(SPACES))
+    networks = ppo.actor_and_critic(SMALL.heads, SPACES, ACTIONS, flat_net(SPACES))
     policy, value = networks.apply(state.params, row.obs)
     total = sum(policy[name].log_prob(explored[name]) for name in ACTIONS)
     np.testing.assert_allclose(memo["log_prob"], total, rtol=1e-5)
@@ -314,10 +316,11 @@ def test_continuous_actions_have_the_density_of_a_normal():
 
 def test_rows_that_fill_up_a_minibatch_do_not_count(state, window):
     config = dataclasses.replace(SMALL, minibatches=5)
-    networks = ppo.actor_and_critic(config, SPACES, ACTIONS, flat_net(SPACES))
+    networks = ppo.actor_and_critic(config.heads, SPACES, ACTIONS, flat_net(SPACES))
     optimizer = optim.clipped_adam(config.max_grad_norm)
     batch = ppo.batch_of(config, window)
-    step = jax.jit(ppo.gradient_step(config, networks, optimizer, batch))
+    numbers = ppo.numbers_at(config, 0)
+    step = jax.jit(ppo.gradient_step(config, numbers, networks, optimizer, batch))
     learner = state.params, optimizer.init(state.params)
     some = step(learner, jnp.asarray([3, 7, 5]), jnp.ones(3, bool))
     filled = step(
@@ -355,7 +358,7 @@ def test_schedules_count_updates(agent, state, window):
     config = dataclasses.replace(
         SMALL, learning_rate=falling, clip=optim.Schedule(0.2, 0.1, updates=10)
     )
-    half = ppo.at_update(config, 5)
+    half = ppo.numbers_at(config, 5)
     np.testing.assert_allclose((half.learning_rate, half.clip), (5e-4, 0.15), rtol=1e-6)
     update = make(config).update
     late = state._replace(rest=state.rest._replace(updates=jnp.asarray(10)))

@@ -20,6 +20,7 @@ import numpy as np
 from jaxwm import train
 from jaxwm.recipes import dreamer_v3
 from jaxwm.run import checkpoint
+from jaxwm.train.state import Account
 from tests.faults.damage import command
 
 _SAVING, _WATCH = 0.05, 0.01  # what they may cost, as shares of the training
@@ -28,9 +29,9 @@ CONFIG = dreamer_v3.config(preset="cartpole")
 
 
 def unwatched(metrics: Any, account: Any, health: Any, updates: Any, policy: str) -> Any:
-    """`train.watch` as it would be if it looked at nothing."""
+    """`learn.watch` as it would be if it looked at nothing."""
     sums = jax.tree.map(lambda total, x: total + x, account.sums, metrics)
-    return jnp.ones((), bool), train.Account(account.taken + 1, sums), health
+    return jnp.ones((), bool), Account(account.taken + 1, sums), health
 
 
 def turn(chunk: train.Chunk, state: Any, count: int) -> tuple[Any, float]:
@@ -45,8 +46,8 @@ def measure(count: int, seed: int, folder: Path) -> dict[str, Any]:
     program = train.build(CONFIG)
     watched = program.compile()
     with (
-        mock.patch.object(train, "watch", unwatched),
-        mock.patch.object(train, "if_taken", lambda taken, after, before: after),
+        mock.patch("jaxwm.train.learn.watch", unwatched),
+        mock.patch("jaxwm.train.learn.if_taken", lambda taken, after, before: after),
     ):
         plain = train.build(CONFIG).compile()
     iterations = _STEPS // CONFIG.envs

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxwm import train
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay.device import ReplayConfig
+from jaxwm.replay.config import ReplayConfig
 from jaxwm.run import checkpoint
 from tests.faults.damage import bits, command
 
@@ -34,8 +34,9 @@ def drawn(random: np.random.Generator, env: str) -> RunConfig:
     seeds = int(random.integers(1, 4))
     return RunConfig(
         env=env,
+        recipe="dreamer_v3",
         size="debug",
-        agent=dreamer_v3.agent("debug"),
+        agent=dreamer_v3.sized("debug"),
         seed=int(random.integers(1000)),
         seeds=seeds,
         sweep=("entropy=1e-4,1e-3",) if random.random() < 0.25 else (),

@@ -21,13 +21,15 @@ import numpy as np
 from benchmarks.lines import emit, machine
 from jaxwm import cli
 from jaxwm.recipes import RunConfig, dreamer_v3
-from jaxwm.replay.device import ReplayConfig
+from jaxwm.replay.config import ReplayConfig
 
 # A run of seconds; `tests/conftest.py` gives it to all tests.
 TINY = RunConfig(
     env="toy/Memory",
+    recipe="dreamer_v3",
     size="debug",
-    agent=dreamer_v3.agent("debug"),
+    variant="head",
+    agent=dreamer_v3.sized("debug"),
     steps=200,
     envs=4,
     replay=ReplayConfig(capacity=400, batch_size=2, batch_length=6, train_ratio=2.0),

@@ -36,7 +36,7 @@ def take(size: str, capacity: int, folder: Path) -> dict[str, int]:
     config = dataclasses.replace(config, replay=memory_of, envs=_ENVS, save_every=capacity // 8)
     program = train.build(config)
     chunk = program.compile()
-    used = memory.use(program, chunk, config)
+    used = memory.estimate(program, chunk, config)
     heap.give_back()  # what compiling took and has freed, as the first save would
     before = resident_bytes()
     state = jax.block_until_ready(program.init())

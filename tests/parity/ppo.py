@@ -69,7 +69,7 @@ class Case:
         action = Discrete(outputs) if self.discrete else Box((outputs,))
         spaces = {"obs": Box(self.batch.obs["obs"].shape[1:])}
         self.networks = ppo.actor_and_critic(
-            self.config, spaces, action, flat_net(spaces), self.dtype
+            self.config.heads, spaces, action, flat_net(spaces), self.dtype
         )
         self.params = self.as_params(f"{name}/params/", recorded.__getitem__)
 
@@ -218,7 +218,9 @@ def losses(recorded: Recorded, name: str, dtype: str) -> None:
 
         def loss(params, advantage=advantage):
             count = batch.weight.sum()
-            return ppo.objective(config, case.networks, params, batch, advantage, count)
+            return ppo.objective(
+                ppo.numbers_at(config, 0), case.networks, params, batch, advantage, count
+            )
 
         gradient, means = jax.jit(jax.grad(loss, has_aux=True))(case.params)
         ours = {
@@ -247,7 +249,8 @@ def updates(recorded: Recorded, name: str, dtype: str) -> None:
     """Parameters after each of several steps on the same minibatch."""
     case = Case(recorded, name, dtype)
     optimizer = ppo.optim.clipped_adam(case.config.max_grad_norm, case.config.eps)
-    step = jax.jit(ppo.gradient_step(case.config, case.networks, optimizer, case.batch))
+    numbers = ppo.numbers_at(case.config, 0)
+    step = jax.jit(ppo.gradient_step(case.config, numbers, case.networks, optimizer, case.batch))
     rows = jnp.arange(case.batch.weight.shape[0])
     learner = case.params, optimizer.init(case.params)
     for group in recorded.groups(rf"{name}/(update\d+)/.*"):

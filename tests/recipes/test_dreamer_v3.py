@@ -114,3 +114,22 @@ def test_domains_have_the_numbers_of_the_reference(preset, size, number, ratio, 
     assert run.replay.updates_per_iteration(run.envs) == updates * number
     assert run.replay.capacity == min(5_000_000, steps) and run.action_repeat == 1
     assert dreamer_v3.config("playground/WalkerWalk", preset=preset).env == "playground/WalkerWalk"
+
+
+def test_the_pairs_of_all_two_hot_bins_stay_mirrored_over_shards(monkeypatch):
+    """The heads of reward and value, kernel and bias; nothing else has bins."""
+    heads = []
+    monkeypatch.setattr(
+        dreamer_v3, "keep_mirrored", lambda shards, *names: heads.extend(names) or shards
+    )
+    config = dreamer_v3.sized("debug")
+    agent = dreamer_v3.agent(config, {"vector": Box((3,))}, Discrete(2))
+    params = jax.eval_shape(agent.init, jax.random.key(0)).params
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x.shape[-1]
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert config.model.bins == config.behavior.bins
+    with_bins = {name for name, size in named.items() if size == config.model.bins}
+    assert with_bins == {f"{head}/{part}" for head in heads for part in ("kernel", "bias")}
+    assert len(with_bins) == 4

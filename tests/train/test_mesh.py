@@ -88,7 +88,12 @@ def test_a_tree_without_a_place_of_its_own_is_refused(tree):
 def test_a_shard_is_a_run_in_small():
     config = run_config(shards=2, prefill=41)
     small = mesh.shard_config(config)
-    assert (small.envs, small.shards, small.replay.capacity, small.replay.batch_size) == (2, 1, 200, 1)
+    assert (small.envs, small.shards, small.replay.capacity, small.replay.batch_size) == (
+        2,
+        1,
+        200,
+        1,
+    )
     assert mesh.layout(config).shards == 2 and mesh.layout(config).single is False
     program = train.build(config)
     assert program.shapes().buffer.rows.reward.shape == (2, 2, 100)

@@ -6,34 +6,35 @@ import numpy as np
 import pytest
 
 from jaxwm import envs
-from jaxwm.agent import make_agent
 from jaxwm.envs import wrappers
 from jaxwm.evaluate.rollout import collect, evaluate, open_loop
 from jaxwm.recipes import dreamer_v3
-from jaxwm.types import Box, Discrete, Env, JaxwmError, Latent, Step, first, transition
+from jaxwm.types import Agent, Box, Discrete, Env, JaxwmError, Observed, Step, first, transition
 
 
-def scripted(agent, choose):
-    """`agent` with an `act` that remembers in `deter[:, 0]` the first cue of each episode."""
+def scripted(choose) -> Agent:
+    """An agent that remembers the first cue of each episode and acts by `choose`."""
 
-    def act(params, latent, row, key):
+    def act(params, carry, row, key, mode):
+        assert mode == "sample"  # the default of evaluations
         cue = row.obs["cue"].astype(jnp.float32) if "cue" in row.obs else row.reward
-        seen = jnp.where(row.is_first, cue, latent.deter[:, 0])
-        action = choose(params, seen, row)
-        return Latent(latent.deter.at[:, 0].set(seen), latent.stoch), action.astype(jnp.int32)
+        seen = jnp.where(row.is_first, cue, carry)
+        return seen, choose(params, seen, row).astype(jnp.int32), ()
 
-    return agent._replace(act=act)
+    def never(*args):
+        raise AssertionError("nothing learns here")
+
+    return Agent(never, lambda batch: jnp.zeros((batch,)), act, never)
 
 
 @pytest.fixture(scope="module")
 def memory():
-    env = envs.make("toy/Memory")
-    return env, make_agent(dreamer_v3.agent("debug"), env.obs_space, env.action_space)
+    return envs.make("toy/Memory")
 
 
 def test_an_agent_that_remembers_earns_the_optimum(memory):
-    env, agent = memory
-    agent = scripted(agent, lambda params, seen, row: params[0] * seen + params[1])
+    env = memory
+    agent = scripted(lambda params, seen, row: params[0] * seen + params[1])
     run = jax.jit(lambda params, key: evaluate(agent, params, env, 16, key))
 
     def play(params, seed):
@@ -49,9 +50,8 @@ def test_an_agent_that_remembers_earns_the_optimum(memory):
     assert play([0, 1], 1) != ones
 
 
-def test_only_the_first_episode_counts_and_long_ones_are_cut(memory):
-    _, agent = memory
-    agent = scripted(agent, lambda params, seen, row: jnp.zeros(seen.shape))
+def test_only_the_first_episode_counts_and_long_ones_are_cut():
+    agent = scripted(lambda params, seen, row: jnp.zeros(seen.shape))
     env = envs.make("toy/Prediction")  # 8 steps of reward 1
     assert evaluate(agent, None, env, 3, jax.random.key(0)).tolist() == [8.0] * 3
     assert evaluate(agent, None, env, 3, jax.random.key(0), limit=5).tolist() == [5.0] * 3
@@ -71,17 +71,16 @@ def counting(rewards: list[float]) -> Env:
     return Env("test/Counting", {"n": Box((1,))}, Discrete(2), reset, step)
 
 
-def test_a_broken_environment_has_no_return(memory):
-    _, agent = memory
-    agent = scripted(agent, lambda params, seen, row: jnp.zeros(seen.shape))
+def test_a_broken_environment_has_no_return():
+    agent = scripted(lambda params, seen, row: jnp.zeros(seen.shape))
     env = counting([1.0, float("inf"), 1.0])
     assert np.isnan(evaluate(agent, None, env, 2, jax.random.key(0))).all()
 
 
 def test_a_recording_follows_the_time_table(memory):
-    env, agent = memory
+    env = memory
     # Acts by the clock it can see: 1 where the cue is 0, which is inside an episode of 5 rows.
-    agent = scripted(agent, lambda params, seen, row: row.obs["cue"] == 0)
+    agent = scripted(lambda params, seen, row: row.obs["cue"] == 0)
     steps = collect(agent, None, env, 12, jax.random.key(3), count=2)
     np.testing.assert_array_equal(steps.is_first[:, 0], np.arange(12) % 5 == 0)
     np.testing.assert_array_equal(steps.is_last[:, 1], np.arange(12) % 5 == 4)
@@ -94,52 +93,55 @@ def test_a_recording_follows_the_time_table(memory):
     np.testing.assert_array_equal(steps.action[0], 0)
 
 
-def adder(agent):
-    """An agent whose model is known: it sees the sum of all actions, and dreams by adding."""
+class Known:
+    """A distribution with one value."""
 
-    def observe(params, carry, steps, noise):
-        return Latent(steps.obs["sum"], jnp.zeros((*steps.is_first.shape, 1, 1))), None
+    def __init__(self, value):
+        self.mode = lambda: value
 
-    def imagine(params, start, policy, noise, policy_noise):
-        def step(carry, action):
-            carry = Latent(carry.deter + policy(carry.deter, action)[0]["action"], carry.stoch)
-            return carry, carry
 
-        _, dream = jax.lax.scan(step, start, policy_noise)
-        return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), start, dream), None, None
+def adder(keys=("sum",)):
+    """A model that is known: it sees the sum of all actions, and dreams by adding."""
+    model = dreamer_v3.agent(dreamer_v3.sized("debug"), {"sum": Box((1,))}, Discrete(2)).model
 
-    class Mode:
-        def __init__(self, value):
-            self.mode = lambda: value
+    def observe(params, carry, steps, draws):
+        sums = steps.obs["sum"]
+        return Observed(sums[-1], sums, None)
 
-    model = agent.model._replace(
-        noise=lambda key, lead: jnp.zeros(lead),
+    def step(params, carry, action, draws):
+        return carry + action, carry + action
+
+    return model._replace(
+        initial=lambda batch: jnp.zeros((batch, 1)),
+        draws=lambda key, lead: jnp.zeros(lead),
         observe=observe,
-        imagine=imagine,
-        predict=lambda params, latents, keys: {key: Mode(latents.deter) for key in keys},
+        step=step,
+        features=lambda latent: latent,
+        predict=lambda params, latents, wanted: {x: Known(latents) for x in keys if x in wanted},
     )
-    return agent._replace(model=model)
 
 
-def test_a_dream_takes_each_action_into_its_own_row(memory):
-    _, agent = memory
+def test_a_dream_takes_each_action_into_its_own_row():
     actions = jnp.array([0.0, 1.0, 2.0, 4.0, 8.0])[:, None, None]
     sums = jnp.cumsum(actions, 0)  # 0 1 3 7 15: an action is part of the row it led to
     flags = jnp.zeros((5, 1), bool)
-    steps = Step(actions, {"sum": sums}, jnp.zeros((5, 1)), flags, flags, flags)
+    obs = {"sum": sums, "other": sums}
+    steps = Step(actions, obs, jnp.zeros((5, 1)), flags, flags, flags)
     for context in (1, 3, 5):
-        dream = open_loop(adder(agent), {"model": None}, steps, context, jax.random.key(0))
+        dream = open_loop(adder(), None, steps, context, jax.random.key(0))
+        assert list(dream) == ["sum"]  # what the model cannot predict is absent
         np.testing.assert_array_equal(dream["sum"], sums)
+    assert open_loop(adder(keys=()), None, steps, 2, jax.random.key(0)) == {}
 
 
 def test_a_dream_sees_only_its_context():
     env = envs.make("toy/Observe")
-    agent = make_agent(dreamer_v3.agent("debug"), env.obs_space, env.action_space)
-    params = jax.jit(agent.init)(jax.random.key(0)).params
+    agent = dreamer_v3.agent(dreamer_v3.sized("debug"), env.obs_space, env.action_space)
+    params = jax.jit(agent.init)(jax.random.key(0)).params["model"]
     world = wrappers.batch(env, 2)
     row = jax.jit(world.reset)(jax.random.key(1))[1]
     steps = jax.tree.map(lambda x: jnp.stack([x] * 4), row)
-    dream = jax.jit(lambda steps, key: open_loop(agent, params, steps, 2, key))
+    dream = jax.jit(lambda steps, key: open_loop(agent.model, params, steps, 2, key))
     before = dream(steps, jax.random.key(2))
     for name, x in steps.obs.items():
         assert before[name].shape == x.shape and before[name].dtype == x.dtype
@@ -156,15 +158,14 @@ def test_a_dream_sees_only_its_context():
 
 
 def test_numbers_out_of_range_are_told(memory):
-    env, agent = memory
-    key = jax.random.key(0)
-    steps = jax.eval_shape(lambda: collect(scripted(agent, lambda p, s, r: s), None, env, 3, key))
+    env, key, agent = memory, jax.random.key(0), scripted(lambda params, seen, row: seen)
+    steps = jax.eval_shape(lambda: collect(agent, None, env, 3, key))
     for call, words in [
         (lambda: evaluate(agent, None, env, 0, key), "at least one episode, not 0"),
         (lambda: evaluate(agent, None, env, 1, key, limit=0), "at least one step, not 0"),
         (lambda: collect(agent, None, env, 0, key), "at least one row, not 0"),
-        (lambda: open_loop(agent, None, steps, 0, key), "0 rows; it must be 1 to 3"),
-        (lambda: open_loop(agent, None, steps, 4, key), "4 rows; it must be 1 to 3"),
+        (lambda: open_loop(adder(), None, steps, 0, key), "0 rows; it must be 1 to 3"),
+        (lambda: open_loop(adder(), None, steps, 4, key), "4 rows; it must be 1 to 3"),
     ]:
         with pytest.raises(JaxwmError, match=words):
             call()

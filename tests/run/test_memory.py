@@ -19,13 +19,15 @@ def program(tiny):
 
 def test_the_parts_are_those_of_the_state(tiny, program):
     chunk = program.compile()
-    used = memory.use(program, chunk, tiny)
+    used = memory.estimate(program, chunk, tiny)
     assert used.replay == program.replay.nbytes
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(program.shapes().agent.params))
-    slow = sum(math.prod(x.shape) for x in jax.tree.leaves(program.shapes().agent.slow.params))
-    assert used.parameters == 4 * (count + slow) + 4  # and the counter of the slow copy
-    # Two statistics of each parameter, two counters.
-    assert used.optimiser == 2 * 4 * count + 2 * 4
+    critic = program.shapes().agent.params["behavior"]["value"]
+    slow = sum(math.prod(x.shape) for x in jax.tree.leaves(critic))
+    assert used.parameters == 4 * count
+    # Two statistics of each parameter and two counters; the slow critic and its counter; two
+    # percentiles; the updates made.
+    assert used.optimiser == 4 * (2 * count + 2 + slow + 1 + 2 + 1)
     # The state is all that the program takes and gives, but the two numbers of a chunk.
     found = chunk.function.memory_analysis()
     state = sum(used) - used.activations - used.saving
@@ -34,15 +36,15 @@ def test_the_parts_are_those_of_the_state(tiny, program):
     # A save writes half of what 2 * 100 steps of 4 environments are: 50 of 100 rows of each.
     leaves = jax.tree.leaves(program.shapes().buffer.rows)
     rows = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    # On a CPU the larger of those rows and an eighth of the latents is there twice.
+    # On a CPU the larger of those rows and an eighth of the memos is there twice.
     assert used.saving == state - rows // 2 + max(rows // 2, (used.replay - rows) // 8)
 
 
 def test_members_count_each(tiny, program):
     with jax.debug_key_reuse(False):
         four = train.build(dataclasses.replace(tiny, seeds=2, sweep=("entropy=0,1",)))
-        used = memory.use(four, four.chunk, tiny)
-    assert used.replay == 4 * memory.use(program, program.chunk, tiny).replay
+        used = memory.estimate(four, four.chunk, tiny)
+    assert used.replay == 4 * memory.estimate(program, program.chunk, tiny).replay
 
 
 def test_a_run_larger_than_the_device_is_refused(monkeypatch):
@@ -54,8 +56,8 @@ def test_a_run_larger_than_the_device_is_refused(monkeypatch):
         r"--replay\.batch-length or --size"
     )
     with pytest.raises(JaxwmError, match=told):
-        memory.check(used)
-    memory.check(used._replace(activations=7_000_000_000))
+        memory.ensure_free(used)
+    memory.ensure_free(used._replace(activations=7_000_000_000))
 
 
 def test_the_line_names_parts_and_flags(monkeypatch):

@@ -1,12 +1,10 @@
 """The whole experiment comes back bit for bit, or an error says why not."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
 import subprocess
 import sys
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -20,18 +18,14 @@ from jaxwm.config import write
 from jaxwm.replay.device import Buffer, Cursor
 from jaxwm.run import arrays, checkpoint
 from jaxwm.run.log import read_metrics
-from jaxwm.train import Clock
-from jaxwm.types import JaxwmError, Step
-
-
-class Agent(NamedTuple):
-    params: Any
-    opt: Any
+from jaxwm.run.saver import Saver
+from jaxwm.train.state import Clock
+from jaxwm.types import AgentState, JaxwmError, Step
 
 
 class State(NamedTuple):
     key: Any
-    agent: Agent
+    agent: AgentState
     odd: Any
     buffer: Buffer
     clock: Clock
@@ -62,10 +56,11 @@ def state(scale: int = 1, written: int = 3, xp: Any = jnp) -> State:
     step = Step(
         rows * 2, {"o": xp.stack([rows] * 3, -1)}, rows * 0.5, flags, ~flags & (rows > 0), flags
     )
-    buffer = Buffer(step, rows[..., None] * scale, (rows[..., None] * scale).astype(np.uint8))
+    memo = {"a": rows[..., None] * scale, "b": [(rows * scale).astype(np.uint8)]}
+    buffer = Buffer(step, memo)
     number = jnp.int32(written)
     clock = Clock(number, number, number, Cursor(number, number))
-    return State(jax.random.key(1), Agent(params, (jnp.int32(scale), ())), odd, buffer, clock)
+    return State(jax.random.key(1), AgentState(params, (jnp.int32(scale), ())), odd, buffer, clock)
 
 
 def bits(tree: Any) -> list[tuple[str, str, tuple[int, ...], bytes]]:
@@ -88,7 +83,7 @@ def files(folder: pathlib.Path) -> dict[str, int]:
 def saved_once(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     write(tiny, folder / "config.json")
-    with checkpoint.Saver(folder, tiny, pytest.fail) as saver:
+    with Saver(folder, tiny, pytest.fail) as saver:
         for step in (1, 2, 3):
             saver.save(step, state(step, written=step + 1), score=[0.5, 2.0, 1.0][step - 1])
     return folder
@@ -127,7 +122,7 @@ def test_only_new_rows_are_written_and_the_ring_comes_back(tiny, tmp_path, xp):
     like = jax.eval_shape(state)
     if xp is np:
         like = like._replace(buffer=state(xp=np).buffer)
-    with checkpoint.Saver(tmp_path, tiny, pytest.fail) as saver:
+    with Saver(tmp_path, tiny, pytest.fail) as saver:
         for step, count in written.items():
             saver.save(step, state(step, count, xp))
             saver.wait()
@@ -137,7 +132,7 @@ def test_only_new_rows_are_written_and_the_ring_comes_back(tiny, tmp_path, xp):
             )
             found = checkpoint.restore(tmp_path, like, tiny, pytest.fail)
             assert bits(found) == bits(state(step, count, xp))
-            assert isinstance(found.buffer.deter, np.ndarray if xp is np else jax.Array)
+            assert isinstance(found.buffer.memo["a"], np.ndarray if xp is np else jax.Array)
             if step > 1:
                 before = files(tmp_path / "checkpoints" / str(step - 1))
                 assert not set(before.values()) & set(files(folder).values())
@@ -148,7 +143,7 @@ def test_only_new_rows_are_written_and_the_ring_comes_back(tiny, tmp_path, xp):
 def test_small_leaves_are_stored_as_one_array(tiny, tmp_path, monkeypatch, limit, stored, xp):
     """The parameters are arrays of 24 and 4 bytes; whatever the limit was, all comes back."""
     monkeypatch.setattr(arrays, "_SMALL", limit)
-    with checkpoint.Saver(tmp_path, tiny, pytest.fail) as saver:
+    with Saver(tmp_path, tiny, pytest.fail) as saver:
         saver.save(1, state(1, 3, xp))
     monkeypatch.undo()
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -162,8 +157,8 @@ def test_small_leaves_are_stored_as_one_array(tiny, tmp_path, monkeypatch, limit
 
 
 @pytest.mark.parametrize("written", [0, 1, 7, 9])
-def test_latents_are_stored_in_blocks(tiny, tmp_path, written):
-    """Of a ring of 7 latents a block is 1, of 20 it is 3: the last one begins anew."""
+def test_memos_are_stored_in_blocks(tiny, tmp_path, written):
+    """Of a ring of 7 memos a block is 1, of 20 it is 3: the last one starts again at the front."""
     for capacity in (7, 20):
         run = tmp_path / str(capacity)
         ring = jax.random.normal(jax.random.key(0), (ENVS, capacity, 3))
@@ -172,17 +167,30 @@ def test_latents_are_stored_in_blocks(tiny, tmp_path, written):
         flags = jnp.zeros((ENVS, capacity), bool)
         step = Step(flags, {}, ring[..., 0], flags, flags, flags)
         whole = state(1, written)
-        whole = whole._replace(buffer=Buffer(step, ring, jnp.round(ring * 9).astype(jnp.uint8)))
-        with checkpoint.Saver(run, tiny, pytest.fail) as saver:
+        memo = (ring, jnp.round(ring[..., :2] * 9).astype(jnp.uint8))
+        whole = whole._replace(buffer=Buffer(step, memo))
+        with Saver(run, tiny, pytest.fail) as saver:
             saver.save(1, whole)
         found = checkpoint.restore(run, jax.eval_shape(lambda x=whole: x), tiny, pytest.fail)
-        assert bits(found.buffer[1:]) == bits(whole.buffer[1:])
+        assert bits(found.buffer) == bits(whole.buffer)
+
+
+@pytest.mark.parametrize("xp", [jnp, np], ids=["device", "host"])
+def test_a_replay_without_memos_comes_back(tiny, tmp_path, xp):
+    whole = state(1, 4, xp)
+    whole = whole._replace(buffer=whole.buffer._replace(memo=()))
+    with Saver(tmp_path, tiny, pytest.fail) as saver:
+        saver.save(1, whole)
+    assert not (tmp_path / "checkpoints" / "1" / "memo").exists()
+    like = jax.eval_shape(lambda: whole)
+    like = like._replace(buffer=whole.buffer) if xp is np else like
+    assert bits(checkpoint.restore(tmp_path, like, tiny, pytest.fail)) == bits(whole)
 
 
 def test_a_state_may_be_overwritten_as_soon_as_saving_has_begun(tiny, tmp_path):
     overwrite = jax.jit(lambda x: jax.tree.map(jnp.zeros_like, x), donate_argnums=0)
     moved = state(1, 4)
-    with checkpoint.Saver(tmp_path, tiny, pytest.fail) as saver:
+    with Saver(tmp_path, tiny, pytest.fail) as saver:
         saver.save(1, moved)
         plain = (moved.agent, moved.buffer, moved.clock)
         jax.block_until_ready(overwrite(plain))
@@ -217,7 +225,7 @@ def test_a_run_may_be_made_longer_but_not_another(saved, tiny):
     assert "another configuration" in str(error.value)
     assert "seed: 8 here, 0 there" in str(error.value)
     assert "agent.optim.learning_rate: 0.5 here, 0.001 there" in str(error.value)
-    assert "go on with --accept-changes" in str(error.value)
+    assert "use --accept-changes if the changes are meant" in str(error.value)
     assert bits(checkpoint.restore(saved, like, other, accept=True)) == bits(state(3, 4))
 
 
@@ -289,7 +297,7 @@ def test_what_was_damaged_is_set_aside_where_a_run_goes_on(saved, tiny):
     folder = saved / "checkpoints"
     flip(folder / "3" / "params" / "manifest.ocdbt")
     (folder / ".9.saving").mkdir()
-    with checkpoint.Saver(saved, tiny, pytest.fail, start=2) as saver:
+    with Saver(saved, tiny, pytest.fail, start=2) as saver:
         assert sorted(x.name for x in folder.iterdir()) == ["2", "3.damaged", "best-2"]
         saver.save(3, state(3, 4))
     assert checkpoint.steps(saved) == [2, 3] and checkpoint.latest(saved) == 3
@@ -301,7 +309,7 @@ def test_what_was_damaged_is_set_aside_where_a_run_goes_on(saved, tiny):
 
 
 def test_a_run_that_goes_back_past_a_damaged_checkpoint_saves_that_step_anew(saved, tiny):
-    with checkpoint.Saver(saved, tiny, pytest.fail, start=3) as saver:
+    with Saver(saved, tiny, pytest.fail, start=3) as saver:
         flip(saved / "checkpoints" / "3" / "params" / "manifest.ocdbt")
         saver.rewind(2)
         saver.save(3, state(7, 8))
@@ -315,7 +323,7 @@ def test_rows_that_were_damaged_meanwhile_are_written_anew(saved, tiny):
     told = []
     rows = next((saved / "checkpoints" / "2").glob("rows-*/d/*"))
     flip(rows)
-    with checkpoint.Saver(saved, tiny, told.append, start=3) as saver:
+    with Saver(saved, tiny, told.append, start=3) as saver:
         saver.save(4, state(4, 5))
         saver.wait()
         assert saver.failed and "has changed" in told[0] and "that of step 3 stays" in told[0]
@@ -330,7 +338,7 @@ def test_rows_that_were_damaged_meanwhile_are_written_anew(saved, tiny):
 def test_a_full_disk_is_told_and_leaves_no_trace(saved, tiny, monkeypatch):
     told = []
     usage = shutil.disk_usage(saved)._replace(free=1000)
-    with checkpoint.Saver(saved, tiny, told.append, start=3) as saver:
+    with Saver(saved, tiny, told.append, start=3) as saver:
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path: usage)
             saver.save(4, state(4, 5))
@@ -340,23 +348,6 @@ def test_a_full_disk_is_told_and_leaves_no_trace(saved, tiny, monkeypatch):
         assert sorted(x.name for x in (saved / "checkpoints").iterdir()) == ["2", "3", "best-2"]
         saver.save(4, state(4, 5))
     assert not saver.failed and checkpoint.steps(saved) == [3, 4] and len(told) == 1
-
-
-def test_a_checkpoint_of_version_0_1_is_read(tiny):
-    """Stored by the code of that version, from the run `tiny`; every number of it comes back."""
-    data = pathlib.Path(__file__).parent / "data" / "format1"
-    config = checkpoint.read_config(data)
-    assert config == dataclasses.replace(tiny, steps=config.steps, save_every=config.save_every)
-    like = jax.eval_shape(train.build(config).init)
-    assert checkpoint.faults(data / "checkpoints" / "120") == []
-    found = checkpoint.restore(data, like, config, pytest.fail)
-    sums = {name: zlib.crc32(data) for name, _, _, data in bits(found)}
-    assert sums == json.loads((data / "leaves.json").read_text())
-    params, _ = checkpoint.restore_params(data, like.agent.params, config)
-    assert bits(params) == bits(found.agent.params)
-    other = dataclasses.replace(config, seed=3)
-    with pytest.raises(JaxwmError, match="seed: 3 here, 0 there"):
-        checkpoint.restore(data, like, other)
 
 
 def test_a_folder_that_is_no_run_is_told(tiny, tmp_path):
