@@ -60,8 +60,6 @@ from jaxwm.types import (
 
 sg = jax.lax.stop_gradient
 
-GRADIENTS = ("dynamics", "reinforce", "both")
-
 
 @dataclasses.dataclass(frozen=True)
 class ActorCriticV2Config:
@@ -146,6 +144,14 @@ def returns_of(values: Values, lambda_: Scalar) -> Array:
 def weights_of(discount: Array) -> Array:
     """The weights w_0..w_H (H + 1, N) of a dream's states: products of the discounts before."""
     return sg(jnp.cumprod(jnp.concatenate([jnp.ones_like(discount[:1]), discount[:-1]]), 0))
+
+
+def gradient_of(config: ActorCriticV2Config, action_space: ActionSpace) -> str:
+    """What the policy learns from: "dynamics", "reinforce" or "both"."""
+    if config.gradient != "auto":
+        return config.gradient
+    spaces = as_dict(action_space).values()
+    return "reinforce" if all(isinstance(space, Discrete) for space in spaces) else "dynamics"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,11 +249,8 @@ class ActorCriticV2:
 
     @property
     def gradient(self) -> str:
-        """What the policy learns from: "dynamics", "reinforce" or "both"."""
-        if self.config.gradient != "auto":
-            return self.config.gradient
-        spaces = as_dict(self.action_space).values()
-        return "reinforce" if all(isinstance(x, Discrete) for x in spaces) else "dynamics"
+        """See `gradient_of`."""
+        return gradient_of(self.config, self.action_space)
 
     def dream(self, params: Params, dreamer: Dreamer, start: Start, draws: Draws) -> Imagined:
         """Dreams from replayed rows. The policy's inputs are constants."""
