@@ -119,8 +119,9 @@ class Config:
     def __post_init__(self):
         require(
             self.model.predict_ends or not self.behavior.continues,
-            "behavior.continues makes the planner ask the model whether the episode goes on, and "
-            "the model has no head for it. Set model.predict_ends to True, or behavior.continues to False.",
+            "behavior.continues makes the planner ask the model whether the episode goes on, but "
+            "the model has no head for it. Set model.predict_ends to True, or behavior.continues "
+            "to False.",
         )
 
 
@@ -340,3 +341,34 @@ def _run(env: str, size: str, repeat: int, length: int, episodes: int) -> RunCon
         log_every=length,
         save_every=10 * length,
     )
+
+
+def _small(preset: str | None, env: str | None, size: str) -> RunConfig:
+    """A run on two CPU cores, on vectors."""
+    base = RunConfig(
+        env=env or "toy/Reach",
+        recipe="planet",
+        size=size,
+        variant="paper",
+        agent=_weighed(sized(size), rec=30.0, reward=100.0),
+        envs=4,
+        steps=4_000,
+        replay=ReplayConfig(
+            capacity=100_000,
+            batch_size=16,
+            batch_length=8,
+            train_ratio=64,
+            online=False,
+            prefill=160,
+            train_every=32,
+            pretrain=100,
+        ),
+        log_every=400,
+        save_every=2_000,
+    )
+    return base
+
+
+def _weighed(config: Config, rec: float, reward: float) -> Config:
+    weights = dataclasses.replace(config.weights, rec=rec, reward=reward)
+    return dataclasses.replace(config, weights=weights)
