@@ -52,7 +52,7 @@ class Config:
 
     ppo: PPOConfig = PPOConfig()
     encoder: Literal["auto", "flat", "shared"] = "auto"
-    codec: CodecConfig = CodecConfig(units=64, layers=1, depth=16)
+    codec: CodecConfig = CodecConfig(units=64, layers=1, depth=4)
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
 
 
@@ -129,6 +129,7 @@ class Setting(NamedTuple):
       variant: see `sized`.
       about: what it is, and what the return can be held against.
       changes: entries of `PPOConfig` that differ from the defaults.
+      repeat: times each action is repeated.
     """
 
     env: str
@@ -139,6 +140,7 @@ class Setting(NamedTuple):
     variant: str
     about: str
     changes: Mapping[str, Any]
+    repeat: int = 1
 
 
 _BLINES = {
@@ -211,10 +213,16 @@ SETTINGS = {
             "minibatches": 8,
         },
     ),
+    "pixels": Setting(
+        *("toy/Pixels", 30_000, 16, 32, "small", "default"),
+        "64x64 colour frames, minutes on two CPU cores (the optimum is 1)",
+        {"learning_rate": 1e-3},
+    ),
     "pendulum": Setting(
-        *("brax/inverted_pendulum", 200_000, 16, 64, "small", "default"),
-        "continuous actions, a minute on two CPU cores",
-        {"learning_rate": Schedule(1e-3, 0.0), "entropy": 0.0, "normalize_obs": True},
+        *("brax/inverted_pendulum", 500_000, 16, 64, "small", "default"),
+        "continuous actions, minutes on two CPU cores",
+        _CONTINUOUS | {"learning_rate": Schedule(1e-3, 0.0), "epochs": 10, "minibatches": 8},
+        repeat=2,
     ),
     "brax": Setting(
         *("brax/hopper", 50_000_000, 2048, 10, "large", "purejaxrl"),
@@ -263,8 +271,10 @@ def _run(setting: Setting, env: str, chosen: Config, size: str, variant: str) ->
     # The size says how large networks are, and the setting everything else.
     heads = changes.pop("heads", HeadsConfig())
     heads = dataclasses.replace(heads, hidden=chosen.ppo.heads.hidden)
+    # A line of metrics for every other update at least, and fifty in the run of a preset.
+    lines = max(setting.steps // 50, 2 * envs * length) if setting.about else 2 * envs * length
     if size == "debug":
-        envs, length = min(envs, 4), min(length, 16)
+        envs, length, lines = min(envs, 4), min(length, 16), 256
         changes = {name: x for name, x in changes.items() if name not in ("epochs", "minibatches")}
     algorithm = dataclasses.replace(chosen.ppo, heads=heads, **changes)
     return RunConfig(
@@ -275,6 +285,7 @@ def _run(setting: Setting, env: str, chosen: Config, size: str, variant: str) ->
         agent=dataclasses.replace(chosen, ppo=algorithm),
         envs=envs,
         steps=setting.steps,
+        action_repeat=setting.repeat,
         replay=ReplayConfig(
             capacity=envs * (length + 1),
             batch_size=envs,
@@ -282,8 +293,7 @@ def _run(setting: Setting, env: str, chosen: Config, size: str, variant: str) ->
             train_ratio=1.0,
             online=False,
         ),
-        # Fifty lines, and four checkpoints.
-        log_every=max(setting.steps // 50, envs * length),
+        log_every=lines,
         save_every=setting.steps // 4,
     )
 
