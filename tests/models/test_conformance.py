@@ -14,7 +14,17 @@ import pytest
 
 from jaxwm.models.imagine import dreamer
 from jaxwm.recipes import RECIPES
-from jaxwm.types import Box, Discrete, JaxwmError, Observed, Params, Start, Step, WorldModel, as_dict
+from jaxwm.types import (
+    Box,
+    Discrete,
+    JaxwmError,
+    Observed,
+    Params,
+    Start,
+    Step,
+    WorldModel,
+    as_dict,
+)
 from tests.models.rows import moved, two_episodes
 from tests.worlds import parallel_core
 
@@ -108,7 +118,8 @@ def test_a_dreamed_step_follows_the_recurrence_of_observing(world):
         if unaffected:
             np.testing.assert_allclose(have, want, atol=1e-5)
     # What it does change is drawn from the prior.
-    again = model.step(params, before.carry, at(row.action, 0), model.draws(jax.random.key(5), (B,)))
+    fresh = model.draws(jax.random.key(5), (B,))
+    again = model.step(params, before.carry, at(row.action, 0), fresh)
     features = model.features(latent), model.features(again[1])
     assert (features[0] != features[1]).any()
 
@@ -123,9 +134,7 @@ def test_a_dream_is_a_loop_of_steps_from_where_it_starts(world):
     if observed.carries is not None:
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), observed.carries)
         chex.assert_trees_all_equal(at(flat, start.index), start.carry)
-    actions = jax.tree.map(
-        lambda x: jnp.resize(x[:3, :1], (3, count, *x.shape[2:])), steps.action
-    )
+    actions = jax.tree.map(lambda x: jnp.resize(x[:3, :1], (3, count, *x.shape[2:])), steps.action)
     draws = model.draws(jax.random.key(7), (3, count))
     dream = jax.jit(lambda *given: dreams.imagine(given[0], lambda _, a: a, given[1:]))
     found = dream(start, draws, actions)
