@@ -35,6 +35,11 @@ def current() -> ModuleType:
     return plain if wanted or jax.default_backend() != "cpu" else cpu
 
 
+def kind() -> str:
+    """The kind of device that programs run on: "cpu", "gpu" or "tpu"."""
+    return jax.default_backend()
+
+
 def jit(function: Callable[..., Any], **settings: Any) -> Any:
     """`jax.jit(function, **settings)` with the compiler options of the device.
 
