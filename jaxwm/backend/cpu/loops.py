@@ -49,9 +49,7 @@ def _cut(
     wanted.update(_variables(jaxpr.outvars))
     handed = [x for x in known if x in wanted]
     first = jaxpr.replace(invars=jaxpr.invars[:count], outvars=handed, eqns=early)
-    second = jaxpr.replace(
-        constvars=[], invars=[*handed, *jaxpr.invars[count:]], eqns=late
-    )
+    second = jaxpr.replace(constvars=[], invars=[*handed, *jaxpr.invars[count:]], eqns=late)
     return (
         core.jaxpr_as_fun(core.ClosedJaxpr(first, program.consts)),
         core.jaxpr_as_fun(core.ClosedJaxpr(second, [])),
