@@ -2,8 +2,7 @@
 
 The defaults are the numbers that two public codes share, vwxyzjn/cleanrl (ppo.py) and
 luchris429/purejaxrl (ppo.py): small tanh networks, Adam whose rate falls to zero, clipped values.
-They treat the end of an episode by its time limit like any other end, and the variants say what
-they do:
+They treat a time limit like any other end of an episode. The variants differ in:
 
     |                                        | default    | purejaxrl  | cleanrl  |
     |----------------------------------------|------------|------------|----------|
@@ -12,7 +11,7 @@ they do:
 
 Further differences from these codes are in `behaviors.ppo`. Those from
 RobertTLange/gymnax-blines, whose numbers some presets have: biases start at 0 instead of uniformly
-in 0 to 0.05, and every action is learned from, where that code drops one in `length + 1`.
+in 0 to 0.05, and updates use every action, where that code drops one in `length + 1`.
 Environment steps include the step from an episode's last row to the first row of the next one.
 
 Command: `jaxwm train ppo --preset cartpole`, which balances the pole for all 500 steps after half a
@@ -268,10 +267,10 @@ def config(
 def _run(setting: Setting, env: str, chosen: Config, size: str, variant: str) -> RunConfig:
     """A run with the numbers of a setting, and networks of a size."""
     changes, envs, length = dict(setting.changes), setting.envs, setting.length
-    # The size says how large networks are, and the setting everything else.
+    # The size decides how large the networks are, the setting everything else.
     heads = changes.pop("heads", HeadsConfig())
     heads = dataclasses.replace(heads, hidden=chosen.ppo.heads.hidden)
-    # A line of metrics for every other update at least, and fifty in the run of a preset.
+    # At least two updates per line of metrics; presets have fifty lines.
     lines = max(setting.steps // 50, 2 * envs * length) if setting.about else 2 * envs * length
     if size == "debug":
         envs, length, lines = min(envs, 4), min(length, 16), 256

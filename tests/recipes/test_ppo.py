@@ -110,7 +110,7 @@ def test_the_learning_rate_falls_over_the_whole_run(monkeypatch):
     assert {(x.start, x.end) for x in seen} == {(2.5e-4, 0.0)}
 
 
-def test_unknown_names_are_told():
+def test_unknown_names_raise():
     with pytest.raises(JaxwmError, match=r"no preset of ppo called 'catchy'. Did you mean catch"):
         ppo.config(preset="catchy")
     with pytest.raises(JaxwmError, match=r"no size of ppo called 'smal'. Did you mean small"):
