@@ -24,6 +24,7 @@ from jaxwm import train
 from jaxwm.recipes import RECIPES, RunConfig, dreamer_v3
 from jaxwm.replay.config import ReplayConfig
 from jaxwm.run import checkpoint
+from jaxwm.run.saver import Saver
 from jaxwm.train import processes
 from jaxwm.types import JaxwmError
 
@@ -146,7 +147,7 @@ def counts(folder: Path) -> dict[str, Any]:
 
 def store(folder: Path, state: train.TrainState, run: RunConfig) -> None:
     """A checkpoint."""
-    with checkpoint.Saver(folder, run, print) as saver:
+    with Saver(folder, run, print) as saver:
         saver.save(1, state)
 
 
