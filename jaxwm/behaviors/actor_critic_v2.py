@@ -208,7 +208,7 @@ class ActorCriticV2:
     def choose(self, plan: Plan, draws: ActDraws, mode: Mode) -> dict[str, Array]:
         """The action of every key, from the policy's distributions."""
         if mode == "greedy":
-            return {name: dist.mode() for name, dist in plan.items()}
+            return policies.mode(plan)
         action = policies.sample(plan, draws.action)
         if mode == "sample":
             return action

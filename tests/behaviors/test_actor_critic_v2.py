@@ -99,7 +99,7 @@ def test_both_is_a_mix_of_the_two_others():
         config = dataclasses.replace(CONFIG, gradient=gradient, mix=0.25)
         run, params, world = losses(CHOICE, config=config)
         loss = lambda x, run=run, world=world: run(x, world)["policy"].mean()  # noqa: E731
-        grads[gradient] = jax.grad(loss)(params)
+        grads[gradient] = jax.jit(jax.grad(loss))(params)
     mixed = jax.tree.map(lambda x, y: 0.25 * x + 0.75 * y, grads["dynamics"], grads["reinforce"])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), grads["both"], mixed)
 
