@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, Shaped
 
+from jaxwm import backend
 from jaxwm.types import JaxwmError
 
 # A number of a configuration; traced, where a sweep gives each member its own.
@@ -150,13 +151,13 @@ _mixed.defvjp(
 
 def softmax(logits: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     """Probabilities proportional to `exp(logits)`."""
-    weights = jnp.exp(logits - _peak(logits))
+    weights = jnp.exp(logits - backend.largest(jax.lax.stop_gradient(logits)))
     return weights / jnp.sum(weights, -1, keepdims=True)
 
 
 def logsumexp(logits: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
     """`log(sum(exp(logits)))` over the last axis, which must be finite."""
-    peak = _peak(logits)
+    peak = backend.largest(jax.lax.stop_gradient(logits))
     return jnp.log(jnp.sum(jnp.exp(logits - peak), -1)) + peak[..., 0]
 
 
@@ -172,16 +173,6 @@ recall_logsumexp.defvjp(
     lambda known, logits: (known, (known, logits)),
     lambda saved, grad: (None, grad[..., None] * jnp.exp(saved[1] - saved[0][..., None])),
 )
-
-
-def _peak(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
-    """The largest number of the last axis, as a constant."""
-    x = jax.lax.stop_gradient(x)
-    # A CPU compares whole halves, overlapping by one if need be, ten times as fast.
-    while jax.default_backend() == "cpu" and (size := x.shape[-1]) > 32:
-        half = (size + 1) // 2
-        x = jnp.maximum(x[..., :half], x[..., size - half :])
-    return jnp.max(x, -1, keepdims=True)
 
 
 def twohot_mean(
@@ -310,45 +301,8 @@ def percentiles_update(
     Source: "Actor learning" in DreamerV3 (arXiv:2301.04104).
     """
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
-    lo, hi = percentile(x, low, high)
+    lo, hi = backend.percentile(x, low, high)
     return moving_average(state, Percentiles(lo, hi), rate)
-
-
-def percentile(x: Float[Array, "..."], *wanted: float) -> Float[Array, " n"]:
-    """`jnp.percentile` of all entries, which a CPU finds without sorting, in a seventh of the time.
-
-    Args:
-      x: float32 numbers; one NaN makes all results NaN.
-      wanted: percentiles, 0..100; between two entries they interpolate linearly.
-    """
-    if jax.default_backend() != "cpu":
-        return jnp.percentile(x, jnp.asarray(wanted))
-    places = np.asarray(wanted) / 100 * (x.size - 1)
-    below = np.floor(places).astype(int)
-    ranks = np.stack([below, np.minimum(below + 1, x.size - 1)])
-    lower, upper = _ranked(x.reshape(-1), ranks)
-    share = jnp.asarray(places - below, jnp.float32)
-    mixed = lower * (1 - share) + upper * share
-    return jnp.where(jnp.isnan(x).any(), jnp.nan, mixed)
-
-
-def _ranked(x: Float[Array, " n"], ranks: np.ndarray) -> Float[Array, "*ranks"]:
-    """The numbers that have so many smaller ones, or equal ones before them, when sorted.
-
-    As integers whose order is theirs, they are found bit by bit, the highest first.
-    """
-    sign = jnp.uint32(1 << 31)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    ordered = jnp.where(bits < sign, bits | sign, ~bits)
-
-    def extend(index: Array, found: Array) -> Array:
-        longer = found | jnp.right_shift(sign, index.astype(jnp.uint32))
-        smaller = jnp.sum(prepend_axes(ordered, found.ndim + 1) < longer[..., None], -1)
-        return jnp.where(smaller <= ranks, longer, found)
-
-    found = jax.lax.fori_loop(0, 32, extend, jnp.zeros(ranks.shape, jnp.uint32))
-    bits = jnp.where(found < sign, ~found, found ^ sign)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def percentiles_scale(state: Percentiles, limit: float = 1.0) -> Float[Array, ""]:
