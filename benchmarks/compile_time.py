@@ -23,7 +23,7 @@ import jax
 from benchmarks.lines import emit, in_words, machine, number, parser_of
 from benchmarks.loop import training
 from benchmarks.roofline import work
-from jaxwm import compiler, train
+from jaxwm import backend, train
 from jaxwm.agent import compute_dtype
 from jaxwm.recipes import dreamer_v3
 from jaxwm.train.program import NUMBER, TRUTH
@@ -44,9 +44,9 @@ def stages(function: Any, *args: Any) -> tuple[Any, dict[str, float]]:
 
 def first_update(size: str, dtype: str, obs: str, batch: int, length: int) -> dict[str, float]:
     """The stages of an update, which is then run."""
-    config = dataclasses.replace(dreamer_v3.agent(size), dtype=dtype)
+    config = dataclasses.replace(dreamer_v3.sized(size), dtype=dtype)
     agent, *shapes = work(config, obs, batch, length, shapes=True)
-    compiled, took = stages(compiler.jit(agent.update, donate_argnums=0), *shapes)
+    compiled, took = stages(backend.jit(agent.update, donate_argnums=0), *shapes)
     jax.block_until_ready(compiled(*work(config, obs, batch, length, shapes=False)[1:]))
     return took
 
@@ -98,7 +98,7 @@ def main() -> None:
         print(json.dumps(own(args.sizes[0], args.dtype, second, args.batch, args.length)))
         return
     for size in args.sizes:
-        dreamer_v3.agent(size)  # in words, if there is none
+        dreamer_v3.sized(size)  # in words, if there is none
         found = {}
         for what in ("update", "chunk"):
             with tempfile.TemporaryDirectory() as cache:

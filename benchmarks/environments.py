@@ -17,12 +17,11 @@ import jax
 
 from benchmarks.lines import emit, in_words, machine, number, parser_of
 from jaxwm import envs
-from jaxwm.agent import Agent, make_agent
 from jaxwm.envs import wrappers
 from jaxwm.envs.examine import random_actions
 from jaxwm.envs.host import HostConfig, Pool
 from jaxwm.recipes import dreamer_v3
-from jaxwm.types import Env, HostEnv, JaxwmError, zeros
+from jaxwm.types import Agent, Env, HostEnv, JaxwmError, zeros
 
 FAMILIES = (
     "gymnax/CartPole-v1",
@@ -64,7 +63,7 @@ def on_device(env: Env, agent: Agent, params: Any, count: int, seconds: float) -
     def acting(carry: Any) -> Any:
         def step(carry: Any, key: Any) -> Any:
             state, row, latent = carry
-            latent, action = agent.act(params, latent, row, key)
+            latent, action, _ = agent.act(params, latent, row, key)
             state, row = many.step(state, action, key)
             return (state, row, latent), row.reward
 
@@ -97,7 +96,7 @@ def on_host(env: HostEnv, agent: Agent, params: Any, count: int, seconds: float)
         def acting() -> None:
             nonlocal row, latent
             for _ in range(STEPS):
-                latent, action = act(params, latent, row, key)
+                latent, action, _ = act(params, latent, row, key)
                 row = pool.step(jax.device_get(action))
 
         return {
@@ -120,7 +119,7 @@ def main() -> None:
         except JaxwmError as error:
             print(json.dumps({"env": name, "error": str(error)}))
             continue
-        agent = make_agent(dreamer_v3.agent(args.size), env.obs_space, env.action_space)
+        agent = dreamer_v3.agent(dreamer_v3.sized(args.size), env.obs_space, env.action_space)
         params = jax.jit(agent.init)(jax.random.key(0)).params
         for count in args.counts:
             measure = on_host if isinstance(env, HostEnv) else on_device

@@ -75,7 +75,7 @@ def measure(fault: str, count: int, timeout: float) -> dict[str, Any]:
     config = RunConfig(
         env="faulty",
         size="debug",
-        agent=dreamer_v3.agent("debug"),
+        agent=dreamer_v3.sized("debug"),
         envs=4,
         replay=ReplayConfig(200_000, batch_size=4, batch_length=16, train_ratio=2.0),
         host=HostConfig(workers=2, timeout=timeout, max_faults=10 * count),

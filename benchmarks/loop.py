@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from benchmarks.lines import emit, in_words, machine, number, parser_of
-from jaxwm import heap, train
+from jaxwm import train
 from jaxwm.agent import compute_dtype
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay.device import ReplayConfig
@@ -78,7 +78,7 @@ def training(
     capacity: int = 100_000,
 ) -> RunConfig:
     """A run that learns."""
-    agent: Any = dataclasses.replace(dreamer_v3.agent(size), dtype=dtype)
+    agent: Any = dataclasses.replace(dreamer_v3.sized(size), dtype=dtype)
     replay = ReplayConfig(capacity, batch, length, ratio)
     return RunConfig(env=ENV, size=size, agent=agent, envs=envs, replay=replay)
 
@@ -153,5 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    heap.ask_for_large_pages()  # as `jaxwm train` does
     in_words(main)

@@ -102,7 +102,7 @@ def main() -> None:
         config = RunConfig(
             env="sleeper",
             size=args.size,
-            agent=dreamer_v3.agent(args.size),
+            agent=dreamer_v3.sized(args.size),
             envs=args.envs,
             replay=ReplayConfig(20_000, batch_size=4, batch_length=32, train_ratio=ratio),
             host=HostConfig(workers=args.workers),

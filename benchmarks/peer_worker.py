@@ -35,13 +35,13 @@ def jaxwm_update(job: dict[str, Any]) -> Built:
 
     from benchmarks.loop import training
     from benchmarks.roofline import updating, work
-    from jaxwm.agent import compute_dtype
+    from jaxwm.backend import compute_dtype
     from jaxwm.recipes import dreamer_v3
     from jaxwm.train import mesh
 
     batch, length = job["batch"], job["length"]
     config = training(job["size"], batch, ratio=1, batch=batch, length=length)
-    agent = dreamer_v3.agent(job["size"], job["variant"])
+    agent = dreamer_v3.sized(job["size"], job["variant"])
     config = dataclasses.replace(config, agent=agent, shards=job["shards"])
     mesh.use_cores(config)
     assert compute_dtype(config.agent.dtype) == "float32", "peers are compared in float32"

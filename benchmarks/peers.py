@@ -10,10 +10,9 @@ environment of its own, made by this script under `--venvs`, and a process of it
 some steps of the whole training loop. One line of JSON holds all times of one kind of work and the
 ratios of medians. A peer that cannot be had here is in it too, with the reason in words.
 
-All compute in float32, the others with `--dtype bfloat16` in that. On CPUs with units for bfloat16
-this package takes part a second time, as `jaxwm_bfloat16`, with products whose factors are rounded
-(`jaxwm.compiler`). With images it also does as `jaxwm_strided`, with strided convolutions as the
-package `dreamerv3` has them.
+All compute in float32, the others with `--dtype bfloat16` in that. With images this package takes
+part a second time, as `jaxwm_strided`, with strided convolutions as the package `dreamerv3` has
+them.
 """
 
 import contextlib
@@ -29,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lines import emit, in_words, machine, number, parser_of
-from jaxwm import compiler, heap
 from jaxwm.envs.host import cores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,11 +49,7 @@ REQUIREMENTS = {
 
 
 # How this package takes part, and what is set in its environment for it.
-OURS = {
-    "jaxwm": {},
-    "jaxwm_bfloat16": {"JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"},
-    "jaxwm_strided": {},
-}
+OURS = ("jaxwm", "jaxwm_strided")
 
 
 class Failure(Exception):
@@ -219,8 +213,7 @@ def main() -> None:
     shards = range(1, cores() + 1)
     divide = [x for x in shards if args.batch % x == 0 and args.envs % x == 0]
     args.shards = args.shards or max(divide)
-    ours = [name for name in OURS if name != "jaxwm_bfloat16" or compiler.has_bfloat16()]
-    pythons: dict[str, Path | str] = dict.fromkeys(ours, sys.executable)
+    pythons: dict[str, Path | str] = dict.fromkeys(OURS, sys.executable)
     absent: dict[str, dict[str, Any]] = {}
     for peer in [*args.peers, *(["reference"] if args.reference else [])]:
         try:
@@ -250,11 +243,9 @@ def main() -> None:
                 log = Path(folder) / f"{name}.log"
                 if name not in OURS:
                     return Worker(pythons[name], job | {"peer": name}, log, "")
-                # This package as `jaxwm train` runs it.
-                env = heap.with_large_pages(os.environ) | OURS[name]
                 variant = "paper" if name == "jaxwm_strided" else "head"
                 job = job | {"peer": "jaxwm", "variant": variant}
-                return Worker(pythons[name], job, log, str(ROOT), env)
+                return Worker(pythons[name], job, log, str(ROOT))
 
             found = summary(compare(names, start, args.repeats)) | absent
         for name, result in found.items():

@@ -12,6 +12,7 @@ for every size, without running it. `--measure` names the sizes that are run as 
 """
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -24,12 +25,14 @@ from jax.extend import core
 
 from benchmarks.lines import emit, in_words, machine, number, parser_of, seconds
 from benchmarks.loop import training
-from benchmarks.throughput import OBS, spaces, synthetic
-from jaxwm import compiler, heap
-from jaxwm.agent import AgentConfig, compute_dtype, make_agent
+from benchmarks.throughput import OBS, spaces, synthetic, window_of
+from jaxwm import backend
+from jaxwm.agent import Draws
+from jaxwm.behaviors import actor_critic
 from jaxwm.envs import wrappers
-from jaxwm.models.encoders import Decoder, Encoder
-from jaxwm.optim import apply_updates, laprop, slow_copy
+from jaxwm.models import encoders
+from jaxwm.models.imagine import dreamer
+from jaxwm.optim import apply_updates, laprop
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay.device import ReplayConfig, replay
 from jaxwm.train import mesh
@@ -105,69 +108,83 @@ class Work(NamedTuple):
 
     agent: Any
     state: Any
-    carry: Any
-    steps: Any
+    window: Any
     key: Any
 
 
-def work(config: AgentConfig, obs: str, batch: int, length: int, shapes: bool) -> Work:
+def work(config: dreamer_v3.Config, obs: str, batch: int, length: int, shapes: bool) -> Work:
     """The update of a synthetic batch, with its shapes alone or with arrays."""
     make: Callable = jax.eval_shape if shapes else lambda function, *args: jax.jit(function)(*args)
-    agent = make_agent(config, *spaces(obs))
+    agent = dreamer_v3.agent(config, *spaces(obs))
     env = wrappers.batch(synthetic(obs), batch)
-
-    def rows(key: jax.Array) -> Any:
-        row = env.reset(key)[1]
-        steps = jax.tree.map(lambda x: jnp.stack([x] * length), row)
-        return steps._replace(is_first=jnp.zeros((length, batch), bool))
-
+    window = lambda key: window_of(agent, env.reset(key)[1], length)  # noqa: E731
     key = jax.random.key(0)
-    carry = make(lambda: agent.initial(batch))
-    return Work(agent, make(agent.init, key), carry, make(rows, key), key)
+    return Work(agent, make(agent.init, key), make(window, key), key)
 
 
 def updating(config: RunConfig, obs: str) -> Callable[[], Any]:
     """One update at each call, in place and divided among shards as in training."""
     layout, batch = mesh.layout(config), mesh.shard_config(config).replay.batch_size
     shards = mesh.shards_of(layout)
-    agent = make_agent(config.agent, *spaces(obs), shards)
+    agent = dreamer_v3.agent(config.agent, *spaces(obs), shards)
     one = work(config.agent, obs, batch, config.replay.batch_length, shapes=False)
-    inputs, own, same = (one.carry, one.steps), P(mesh.SHARDS), P()
+    window, own, same = one.window, P(mesh.SHARDS), P()
     if layout.shards > 1:
-        inputs = jax.tree.map(lambda x: jnp.stack([x] * layout.shards), inputs)
+        window = jax.tree.map(lambda x: jnp.stack([x] * layout.shards), window)
     state, key = mesh.put((one.state, one.key), layout, same)
-    carry, steps = mesh.put(inputs, layout, own)
+    window = mesh.put(window, layout, own)
 
-    def of_shard(state: Any, carry: Any, steps: Any, key: Any) -> Any:
-        return agent.update(state, carry, steps, shards.own(key))
+    def of_shard(state: Any, window: Any, key: Any) -> Any:
+        return agent.update(state, window, shards.own(key))
 
-    update = mesh.spread(of_shard, layout, (same, own, own, same), (same, own, same))
-    update = compiler.jit(update, donate_argnums=0)
+    update = mesh.spread(of_shard, layout, (same, own, same), (same, own, same))
+    update = backend.jit(update, donate_argnums=0)
 
     def once() -> Any:
         nonlocal state
-        state, *rest = update(state, carry, steps, key)
+        state, *rest = update(state, window, key)
         return jax.block_until_ready((state, rest))
 
     return once
 
 
-def demands(config: AgentConfig, obs: str, batch: int, length: int) -> dict[str, Any]:
-    """What an update must do: operations, bytes and dependent steps, from shapes alone."""
-    agent, state, carry, steps, key = work(config, obs, batch, length, shapes=True)
-    cost = count(jax.make_jaxpr(agent.update)(state, carry, steps, key).jaxpr)
-    noise = jax.eval_shape(lambda key: agent.noise(key, length, batch), key)
-    loss = jax.make_jaxpr(agent.loss)(
-        state.params, state.slow.params, state.behavior, carry, steps, noise
-    )
+def inputs_of(agent: Any, window: Any, key: Any, shapes: bool) -> tuple[Any, Any, Draws]:
+    """What the losses of an update take: carry, rows (T, B) and draws."""
 
-    def model_loss(params: Any, carry: Any, steps: Any, noise: Any) -> jax.Array:
-        losses, _, _ = agent.model.loss(params, carry, steps, noise)
+    def make(window: Any, key: Any) -> tuple[Any, Any, Draws]:
+        steps = jax.tree.map(lambda x: x[1:], window.steps)
+        lead = steps.is_first.shape
+        draws = Draws(agent.model.draws(key, lead), agent.behavior.draws(key, lead))
+        return agent.model.unpack(window.memo, lead[1]), steps, draws
+
+    return jax.eval_shape(make, window, key) if shapes else backend.jit(make)(window, key)
+
+
+def total_loss(agent: Any, state: Any, carry: Any, steps: Any, draws: Draws) -> jax.Array:
+    """The sum of all losses."""
+    params, model = state.params, agent.model
+    losses, observed, _ = model.loss(params["model"], carry, steps, draws.model)
+    dreams = dreamer(model, params["model"])
+    behavior = agent.behavior.loss(
+        params["behavior"], state.rest.behavior, dreams, observed, steps, draws.behavior
+    )
+    return sum(term.mean() for term in (losses | behavior[0]).values())
+
+
+def demands(config: dreamer_v3.Config, obs: str, batch: int, length: int) -> dict[str, Any]:
+    """What an update must do: operations, bytes and dependent steps, from shapes alone."""
+    agent, state, window, key = work(config, obs, batch, length, shapes=True)
+    cost = count(jax.make_jaxpr(agent.update)(state, window, key).jaxpr)
+    carry, steps, draws = inputs_of(agent, window, key, shapes=True)
+    loss = jax.make_jaxpr(functools.partial(total_loss, agent))(state, carry, steps, draws)
+
+    def model_loss(params: Any, carry: Any, steps: Any, draws: Any) -> jax.Array:
+        losses, _, _ = agent.model.loss(params, carry, steps, draws)
         return sum(term.mean() for term in losses.values())
 
     # Dreams are not differentiated: backwards, only the model's own recurrence waits for itself.
     gradient = jax.make_jaxpr(jax.grad(model_loss))(
-        state.params["model"], carry, steps, noise.posterior
+        state.params["model"], carry, steps, draws.model
     )
     size = lambda tree: sum(  # noqa: E731
         x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
@@ -178,7 +195,7 @@ def demands(config: AgentConfig, obs: str, batch: int, length: int) -> dict[str,
         "convolution_flops": cost.convolutions,
         "product_bytes": cost.bytes,
         # All that is learned is read and written once, the batch is read.
-        "least_bytes": 2 * size((state.params, state.slow.params, state.opt)) + size(steps),
+        "least_bytes": 2 * size(state) + size(steps),
         "steps_forward": carried_steps(loss.jaxpr, reverse=False),
         "steps_backward": carried_steps(gradient.jaxpr, reverse=True),
     }
@@ -219,6 +236,25 @@ def floor(demand: dict[str, Any], limits: dict[str, float]) -> dict[str, float]:
     return terms | {"floor_seconds": least}
 
 
+def remembering(window: Any, memo: Any, batch: int, length: int, key: Any) -> Callable[[], Any]:
+    """Samples a batch and writes fresh memos (T, B) back, at each call."""
+    row, stored_memo = jax.tree.map(lambda x: x[0], window.steps), window.memo
+    memory = replay(ReplayConfig(20_000, batch, length), row, stored_memo)
+    buffer, cursor = memory.init()
+    cursor = cursor._replace(written=cursor.written + 1000)
+    sample = backend.jit(lambda b, c, k: memory.sample(b, c, k)[0])
+    # The buffer is given away, as in training: it is changed in place.
+    write = backend.jit(memory.write_back, donate_argnums=0)
+    places, stored = sample(buffer, cursor, key), [buffer]
+
+    def call() -> Any:
+        jax.block_until_ready(sample(stored[0], cursor, key))
+        stored[0] = write(stored[0], places, memo)
+        return stored[0]
+
+    return call
+
+
 def parts(run: RunConfig, obs: str, repeats: int) -> dict[str, float]:
     """Seconds of an update in the run's shards, and of its parts alone, each on one device.
 
@@ -227,72 +263,62 @@ def parts(run: RunConfig, obs: str, repeats: int) -> dict[str, float]:
     and its gradient take beside the dream.
     """
     config, batch, length = run.agent, run.replay.batch_size, run.replay.batch_length
-    agent, state, carry, steps, key = work(config, obs, batch, length, shapes=False)
+    agent, state, window, key = work(config, obs, batch, length, shapes=False)
     model, behavior, params = agent.model, agent.behavior, state.params
-    obs_space, _ = spaces(obs)
-    noise = compiler.jit(lambda key: agent.noise(key, length, batch))
-    draws = noise(key)
+    obs_space, action_space = spaces(obs)
+    dtype = backend.compute_dtype(config.dtype)
+    carry, steps, draws = inputs_of(agent, window, key, shapes=False)
+    noise = backend.jit(lambda key: inputs_of(agent, window, key, shapes=False)[2])
 
-    observe = compiler.jit(lambda p, s, d: model.observe(p["model"], carry, s, d.posterior)[0])
-    latents = observe(params, steps, draws)
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (latents, steps.obs))
+    observe = backend.jit(lambda p, s, d: model.observe(p["model"], carry, s, d.model))
+    observed = observe(params, steps, draws)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (observed.latents, steps.obs))
+    features = flat[0].shape[-1]
+    policy = actor_critic.policy(config.behavior, action_space, features, dtype)
 
-    def act(p: Any) -> Callable:
-        return lambda feat, noise: (behavior.act(p["behavior"], feat, noise), None)
+    @backend.jit
+    def imagine(p, d, observed):
+        def act(feat, draws):
+            plan = policy.apply(p["behavior"]["policy"], feat)
+            return plan["action"].sample_noise(draws["action"])
 
-    @compiler.jit
-    def imagine(p, d, latents):
-        dream, actions, _ = model.imagine(p["model"], latents, act(p), d.prior, d.action)
-        return model.features(dream), actions
+        dreams = dreamer(model, p["model"])
+        return dreams.imagine(dreams.starts(observed), act, d.behavior)
 
-    @compiler.jit
+    @backend.jit
     @jax.grad
     def learn_model(p, s, d):
-        terms = model.loss(p["model"], carry, s, d.posterior)[0]
+        terms = model.loss(p["model"], carry, s, d.model)[0]
         return sum(term.mean() for term in terms.values())
 
-    @compiler.jit
+    @backend.jit
     @jax.grad
-    def learn_behavior(p, s, d, latents):
-        fixed = (state.slow.params, state.behavior, p["model"], latents, s, d.prior, d.action)
-        return sum(term.mean() for term in behavior.loss(p["behavior"], *fixed)[0].values())
+    def learn_behavior(p, s, d, observed):
+        dreams = dreamer(model, p["model"])
+        terms = behavior.loss(p["behavior"], state.rest.behavior, dreams, observed, s, d.behavior)
+        return sum(term.mean() for term in terms[0].values())
 
-    encoder = Encoder(obs_space, config.model.codec, compute_dtype(config.dtype))
-    decoder = Decoder(obs_space, config.model.codec, compute_dtype(config.dtype))
+    deter, codec = config.model.core.deter, config.model.codec
+    encoder = encoders.encoder(codec, obs_space, dtype)
+    decoder = encoders.decoder(codec, obs_space, deter, features - deter, dtype)
+    encode = backend.jit(lambda p, seen: encoder.apply(p["model"]["encoder"], seen))
 
-    encode = compiler.jit(lambda p, seen: encoder.apply({"params": p["model"]["encoder"]}, seen))
-
-    @compiler.jit
+    @backend.jit
     @jax.grad
     def code(p, latents, seen):
-        tokens = encoder.apply({"params": p["model"]["encoder"]}, seen)
-        stoch = latents.stoch.reshape(latents.deter.shape[0], -1)
-        out = decoder.apply({"params": p["model"]["decoder"]}, latents.deter, stoch)
+        tokens = encoder.apply(p["model"]["encoder"], seen)
+        out = decoder.apply(p["model"]["decoder"], latents[:, :deter], latents[:, deter:])
         return sum(jnp.square(x).mean() for x in jax.tree.leaves((tokens, out)))
 
-    optimizer, slow = laprop(**vars(config.optim)), slow_copy(config.slow_rate)
+    optimizer = laprop(**vars(config.optim))
 
-    @compiler.jit
-    def optimise(p, grads, opt, slow_state):
-        updates, opt = optimizer.update(grads, opt, p)
+    @backend.jit
+    def optimise(p, grads, rest):
+        updates, opt = optimizer.update(grads, rest.opt, p)
         p = apply_updates(p, updates)
-        return p, opt, slow.update(slow_state, {"value": p["behavior"]["value"]})
+        return p, opt, behavior.after(rest.behavior, p["behavior"])
 
-    row = jax.tree.map(lambda x: x[0], (steps, latents))
-    memory = replay(ReplayConfig(20_000, batch, length), *row)
-    buffer, cursor = memory.init()
-    cursor = cursor._replace(written=cursor.written + 1000)
-    sample = compiler.jit(lambda b, c, k: memory.sample(b, c, k)[0])
-    # The buffer is given away, as in training: it is changed in place.
-    write = compiler.jit(memory.write_back, donate_argnums=0)
-    window = sample(buffer, cursor, key)
-    stored = [buffer]
-
-    def remember() -> Any:
-        jax.block_until_ready(sample(stored[0], cursor, key))
-        stored[0] = write(stored[0], window, latents)
-        return stored[0]
-
+    remember = remembering(window, backend.jit(model.pack)(observed.carries), batch, length, key)
     grads = jax.tree.map(jnp.ones_like, params)
     calls = {
         "update": updating(run, obs),
@@ -300,11 +326,11 @@ def parts(run: RunConfig, obs: str, repeats: int) -> dict[str, float]:
         "observe": lambda: observe(params, steps, draws),
         "encode": lambda: encode(params, flat[1]),
         "codec": lambda: code(params, *flat),
-        "imagination": lambda: imagine(params, draws, flat[0]),
-        "optimiser": lambda: optimise(params, grads, state.opt, state.slow),
+        "imagination": lambda: imagine(params, draws, observed),
+        "optimiser": lambda: optimise(params, grads, state.rest),
         "replay": remember,
         "model": lambda: learn_model(params, steps, draws),
-        "behavior": lambda: learn_behavior(params, steps, draws, latents),
+        "behavior": lambda: learn_behavior(params, steps, draws, observed),
     }
     took = {name: statistics.median(seconds(call, repeats)) for name, call in calls.items()}
     took["observe"] = max(0.0, took["observe"] - took.pop("encode"))
@@ -395,7 +421,7 @@ def main() -> None:
 
     mesh.use_cores(run_of("debug"))
     limits = limits_of(compute_dtype(args.dtype))
-    about = {"dtype": compute_dtype(args.dtype)} | machine()
+    about = {"dtype": backend.compute_dtype(args.dtype)} | machine()
     lines = []
     for size in dict.fromkeys([*args.sizes, *args.measure]):
         run = run_of(size)
@@ -415,5 +441,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    heap.ask_for_large_pages()  # as `jaxwm train` does
     in_words(main)

@@ -23,7 +23,7 @@ from benchmarks.lines import emit, in_words, machine, number, parser_of, seconds
 from benchmarks.loop import Run, collecting, training
 from benchmarks.roofline import demands, work
 from benchmarks.throughput import synthetic
-from jaxwm import compiler, heap
+from jaxwm import backend
 from jaxwm.agent import compute_dtype
 from jaxwm.recipes import dreamer_v3
 from jaxwm.replay.device import check_fits
@@ -121,7 +121,7 @@ def sizes(
     """Seconds of an update of each size, smallest first."""
     points, left_out = [], {}
     for size in names:
-        config = dataclasses.replace(dreamer_v3.agent(size), dtype=dtype)
+        config = dataclasses.replace(dreamer_v3.sized(size), dtype=dtype)
         demand = demands(config, "vector", batch, length)
         flops = demand["product_flops"] + demand["convolution_flops"]
         if points and flops / points[-1]["flops_per_second"] * repeats > budget:
@@ -129,17 +129,17 @@ def sizes(
             left_out[size] = f"an update would take {hence:.0f} s"
             continue
         shapes = work(config, "vector", batch, length, shapes=True)
-        update = compiler.jit(shapes.agent.update, donate_argnums=0)
+        update = backend.jit(shapes.agent.update, donate_argnums=0)
         try:
             compiled = update.lower(*shapes[1:]).compile()
             check_fits(footprint(compiled), "An update")
         except JaxwmError as error:
             left_out[size] = str(error)
             continue
-        _, state, carry, steps, key = work(config, "vector", batch, length, shapes=False)
+        _, state, window, key = work(config, "vector", batch, length, shapes=False)
         held = [state]
 
-        def once(held: list = held, rest: tuple = (carry, steps, key), run: Any = compiled) -> Any:
+        def once(held: list = held, rest: tuple = (window, key), run: Any = compiled) -> Any:
             held[0], _, metrics = run(held[0], *rest)
             return metrics
 
@@ -230,5 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    heap.ask_for_large_pages()  # as `jaxwm train` does
     in_words(main)

@@ -20,12 +20,22 @@ import jax.numpy as jnp
 
 from benchmarks.lines import emit, in_words, machine, number, parser_of, seconds
 from benchmarks.loop import Run, measure
-from jaxwm import compiler, heap
-from jaxwm.agent import AgentConfig, compute_dtype, make_agent
+from jaxwm import backend
 from jaxwm.envs import wrappers
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay.device import ReplayConfig
-from jaxwm.types import ActionSpace, Box, Discrete, Env, ObsSpace, Step, first, transition
+from jaxwm.types import (
+    ActionSpace,
+    Agent,
+    Box,
+    Discrete,
+    Env,
+    ObsSpace,
+    Step,
+    Window,
+    first,
+    transition,
+)
 
 OBS = ("vector", "image")
 
@@ -56,25 +66,35 @@ def synthetic(obs: str) -> Env:
     return wrappers.time_limit(Env("synthetic", obs_space, action_space, reset, step), 1000)
 
 
-def measure_update(config: AgentConfig, obs: str, batch: int, length: int, repeats: int) -> dict:
+def window_of(agent: Agent, row: Step, length: int) -> Window:
+    """A batch of sequences that repeat a row (B,), with `length` trained rows each."""
+    steps = jax.tree.map(lambda x: jnp.stack([x] * (length + 1)), row)
+    batch = row.is_first.shape[0]
+    steps = steps._replace(is_first=jnp.zeros((length + 1, batch), bool))
+    memo = () if agent.model is None else agent.model.pack(agent.model.initial(batch))
+    index = jnp.zeros((length + 1, batch), jnp.int32)
+    return Window(memo, steps, jnp.arange(batch), index)
+
+
+def measure_update(
+    config: dreamer_v3.Config, obs: str, batch: int, length: int, repeats: int
+) -> dict:
     """Compile seconds, seconds per update and policy steps per second of a batch of rows."""
-    agent = make_agent(config, *spaces(obs))
+    agent = dreamer_v3.agent(config, *spaces(obs))
     env = wrappers.batch(synthetic(obs), batch)
     key = jax.random.key(0)
     state = jax.jit(agent.init)(key)
     row = jax.jit(env.reset)(key)[1]
-    steps = jax.tree.map(lambda x: jnp.stack([x] * length), row)
-    steps = steps._replace(is_first=jnp.zeros((length, batch), bool))
-    carry = agent.initial(batch)
+    window, carry = window_of(agent, row, length), agent.initial(batch)
     start = time.perf_counter()
-    update = compiler.jit(agent.update, donate_argnums=0).lower(state, carry, steps, key).compile()
+    update = backend.jit(agent.update, donate_argnums=0).lower(state, window, key).compile()
     compile_seconds = time.perf_counter() - start
     act = jax.jit(agent.act).lower(state.params, carry, row, key).compile()
     acting = seconds(lambda: act(state.params, carry, row, key), 10 * repeats)
 
     def once() -> Any:
         nonlocal state
-        state, _, metrics = update(state, carry, steps, key)
+        state, _, metrics = update(state, window, key)
         return metrics
 
     updating = seconds(once, repeats)
@@ -109,13 +129,13 @@ def main() -> None:
     parser.add_argument("--no-loop", action="store_true", help="the update alone")
     args = parser.parse_args()
     for size, obs, batch in itertools.product(args.size, args.obs, args.batch):
-        agent = dataclasses.replace(dreamer_v3.agent(size), dtype=args.dtype)
+        agent = dataclasses.replace(dreamer_v3.sized(size), dtype=args.dtype)
         result = {
             "size": size,
             "obs": obs,
             "batch": [batch, args.length],
             "imagine": agent.behavior.imagine,
-            "dtype": compute_dtype(args.dtype),
+            "dtype": backend.compute_dtype(args.dtype),
             **machine(),
             **measure_update(agent, obs, batch, args.length, args.repeats),
         }
@@ -129,5 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    heap.ask_for_large_pages()  # as `jaxwm train` does
     in_words(main)

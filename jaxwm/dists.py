@@ -415,13 +415,20 @@ class TanhNormal(_Distribution):
 
     def log_prob(self, value: Float[Array, "*batch"]) -> Float[Array, "..."]:
         """Of actions in [-1, 1]; those at the ends count as the nearest numbers inside."""
+        return self._log_prob_before(self.before(value))
+
+    def before(self, value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """What the tanh turned into actions in [-1, 1]."""
         most = 0.99999994  # the largest float32 below 1
-        return self._log_prob_before(jnp.arctanh(jnp.clip(wide(value), -most, most)))
+        return jnp.arctanh(jnp.clip(wide(value), -most, most))
+
+    def stretch(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """The logarithm of the derivative of tanh, without loss where that is almost 0."""
+        return 2 * (np.log(2.0) - x - jax.nn.softplus(-2 * x))
 
     def _log_prob_before(self, x: Float[Array, "*batch"]) -> Float[Array, "..."]:
-        """The log-density at `tanh(x)`, which may be as good as 1."""
-        stretch = 2 * (np.log(2.0) - x - jax.nn.softplus(-2 * x))
-        return self.normal.log_prob(x) - self._sum(stretch)
+        """The log-density at `tanh(x)`, also where that is 1 to rounding."""
+        return self.normal.log_prob(x) - self._sum(self.stretch(x))
 
     def entropy_noise(self, normal: Float[Array, "n *batch"]) -> Float[Array, "..."]:
         """The entropy estimated from n samples, the negative mean of their log-densities."""

@@ -496,24 +496,24 @@ def check_context(arrays: Mapping[str, np.ndarray]) -> None:
     taken = part("in/action")
     led = jnp.concatenate([jnp.zeros_like(taken[:, :1]), taken[:, :-1]], 1)
     rows = Step(led, {k: part(f"in/{k}") for k in keys}, *(part(f"in/{k}") for k in FLAGS))
-    stoch = part("in/dyn/stoch")
-    buffer = Buffer(rows, part("in/dyn/deter"), stoch.argmax(-1).astype(jnp.uint8))
+    memo = {name: part(f"in/dyn/{name}") for name in ("deter", "stoch")}
     count, length = taken.shape[0], taken.shape[1] - 1
     env, start = jnp.arange(count), jnp.zeros(count, jnp.int32)
-    window = read(buffer, env, start, length, stoch.shape[-1])
+    window = read(Buffer(rows, memo), env, start, length)
     same = lambda have, name: np.testing.assert_array_equal(  # noqa: E731
         np.swapaxes(np.asarray(have), 0, 1), arrays[f"context/{name}"]
     )
-    same(window.steps.action, "out_prevact/action")
+    trained = jax.tree.map(lambda x: x[1:], window.steps)
+    same(trained.action, "out_prevact/action")
     for key in FLAGS:
-        same(getattr(window.steps, key), f"out_obs/{key}")
+        same(getattr(trained, key), f"out_obs/{key}")
     for key in keys:
-        same(window.steps.obs[key], f"out_obs/{key}")
-    same(part("in/stepid")[window.env[None], window.index], "out_stepid")
+        same(trained.obs[key], f"out_obs/{key}")
+    same(part("in/stepid")[window.env[None], window.index[1:]], "out_stepid")
     # Every window starts from stored latents; windows that continue another are not made.
     starts = arrays["context/in/consec"][:, 0] == 0
     for name in ("deter", "stoch"):
-        have = np.asarray(getattr(window.context, name))[starts]
+        have = np.asarray(window.memo[name])[starts]
         np.testing.assert_array_equal(have, arrays[f"context/out_carry/{name}"][starts])
 
 

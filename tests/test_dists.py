@@ -1,3 +1,6 @@
+import math
+import statistics
+
 import chex
 import distrax
 import jax
@@ -18,6 +21,11 @@ ALL = [
     ("multi", lambda: dists.Categorical(LOGITS, event_ndims=1), (5,), (4,), "int32"),
     ("two_hot", lambda: dists.TwoHot(LOGITS, numerics.symexp_bins(3)), (5, 4), (), "float32"),
     ("normal", lambda: dists.BoundedNormal(RAW, RAW), (5,), (2,), "float32"),
+    ("plain_normal", lambda: dists.Normal(RAW, jnp.exp(RAW)), (5,), (2,), "float32"),
+    ("unit_normal", lambda: dists.UnitNormal(LOGITS, 2), (5,), (4, 3), "float32"),
+    ("tanh_normal", lambda: dists.TanhNormal.from_raw(RAW, RAW, 0.5), (5,), (2,), "float32"),
+    ("truncated", lambda: dists.TruncatedNormal.from_raw(RAW, RAW), (5,), (2,), "float32"),
+    ("one_hot_action", lambda: dists.OneHotAction(LOGITS, None, 1), (5,), (4, 3), "float32"),
     ("bernoulli", lambda: dists.SoftBernoulli(RAW), (5, 2), (), "bool"),
     ("symlog", lambda: dists.SymlogSquaredError(RAW), (5,), (2,), "float32"),
     ("image", lambda: dists.ImageSquaredError(LOGITS), (), (5, 4, 3), "uint8"),
@@ -230,6 +238,199 @@ def test_bounded_normal_stays_within_its_bounds():
     dist = dists.BoundedNormal(raw, raw, min_std=0.2, max_std=3.0)
     np.testing.assert_allclose(dist.mean(), [-1, 1])
     np.testing.assert_allclose(dist.stddev(), [0.2, 3.0], rtol=1e-6)
+
+
+def test_the_kl_of_normals_equals_distrax():
+    pair = [dists.Normal(RAW, jnp.exp(OTHER[:, 0, :2])), dists.Normal(OTHER[:, 1, :2], 1 + RAW**2)]
+    theirs = [distrax.MultivariateNormalDiag(x.loc, x.scale) for x in pair]
+    kl = theirs[0].kl_divergence(theirs[1])
+    np.testing.assert_allclose(pair[0].kl_divergence(pair[1]), kl, rtol=1e-5)
+    np.testing.assert_allclose(pair[0].kl_divergence(pair[0]), 0, atol=1e-6)
+
+
+def test_unit_normal_is_a_normal_with_all_constants():
+    ours = dists.UnitNormal(LOGITS, 2)
+    theirs = distrax.MultivariateNormalDiag(LOGITS.reshape(5, -1), jnp.ones((5, 12)))
+    np.testing.assert_allclose(ours.log_prob(OTHER), theirs.log_prob(OTHER.reshape(5, -1)), 1e-5)
+    # -log(2 pi) / 2 at the mean, and half of 3^2 less at a distance of 3.
+    single = dists.UnitNormal(jnp.zeros(2), 0)
+    expected = [-0.9189385, -5.4189385]
+    np.testing.assert_allclose(single.log_prob(jnp.asarray([0.0, 3.0])), expected, rtol=1e-6)
+    np.testing.assert_array_equal(single.sample(seed=jax.random.key(0)), 0)
+
+
+def test_tanh_normal_worked_by_hand():
+    # softplus(log(e^5 - 1)) = 5, and 5 tanh(0) = 0.
+    dist = dists.TanhNormal.from_raw(jnp.zeros(1), jnp.zeros(1))
+    np.testing.assert_allclose(dist.normal.scale, [5.0001], rtol=1e-6)
+    np.testing.assert_array_equal(dist.normal.loc, [0.0])
+    np.testing.assert_allclose(dist.sample_noise(jnp.asarray([0.1])), [np.tanh(0.50001)], rtol=1e-6)
+    # Where the tanh has the slope 1 the density is that of the normal.
+    normal = -np.log(5.0001) - 0.5 * np.log(2 * np.pi)
+    np.testing.assert_allclose(dist.log_prob(jnp.zeros(1)), normal, rtol=1e-6)
+    wide = dists.TanhNormal.from_raw(jnp.asarray([1e3]), jnp.zeros(1), init_std=1.0)
+    np.testing.assert_allclose(wide.normal.loc, [5.0])
+    np.testing.assert_allclose(wide.normal.scale, [1.0001], rtol=1e-6)
+
+
+def test_tanh_normal_equals_distrax():
+    ours = dists.TanhNormal(RAW, jnp.exp(RAW))
+    normal = distrax.MultivariateNormalDiag(RAW, jnp.exp(RAW))
+    theirs = distrax.Transformed(normal, distrax.Block(distrax.Tanh(), 1))
+    noise = jax.random.normal(jax.random.key(0), (9, 5, 2)) / 2
+    action = ours.sample_noise(noise)
+    log_prob = jax.vmap(theirs.log_prob)(action)
+    np.testing.assert_allclose(ours.log_prob(action), log_prob, rtol=1e-3)
+    np.testing.assert_allclose(ours.entropy_noise(noise), -log_prob.mean(0), rtol=1e-3)
+
+
+def test_tanh_normal_is_finite_where_the_tanh_saturates():
+    dist = dists.TanhNormal(jnp.asarray([5.0, -5.0]), jnp.full(2, 5.0), event_ndims=0)
+    ends = jnp.asarray([1.0, -1.0])
+    assert np.all(np.isfinite(dist.log_prob(ends)))
+    noise = jnp.asarray([[3.0, -3.0]])
+
+    def entropy(loc):
+        return dists.TanhNormal(loc, dist.normal.scale, 0).entropy_noise(noise).sum()
+
+    value, slope = jax.value_and_grad(entropy)(dist.normal.loc)
+    # x = 20: -log Normal + 2 (log 2 - 20 - softplus(-40)), known to the last digit.
+    expected = 2 * (0.5 * 9 + np.log(5) + 0.5 * np.log(2 * np.pi) + 2 * (np.log(2) - 20))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(slope, [-2, 2], rtol=1e-5)
+
+
+def test_the_mode_of_a_tanh_normal_is_the_most_likely_draw_of_every_row():
+    dist = dists.TanhNormal(jnp.asarray([[0.0], [2.0]]), jnp.full((2, 1), 0.2))
+    # Actions 0.5 before the tanh are unlikely in the first row; far up, where the tanh squeezes,
+    # draws above the mean are the likelier ones.
+    noise = jnp.asarray([[[2.5], [-1.0]], [[0.1], [0.3]], [[-2.0], [0.0]]])
+    np.testing.assert_array_equal(dist.most_likely(noise), [1, 1])
+    expected = [[np.tanh(0.02)], [np.tanh(2.06)]]
+    np.testing.assert_allclose(dist.mode_noise(noise), expected, rtol=1e-6)
+    np.testing.assert_allclose(dist.mode(), [[0.0], [np.tanh(2.0)]], rtol=1e-6)
+
+
+LOC, SCALE = jnp.asarray([[-0.9, 0.0, 0.5]]), jnp.asarray([[0.3, 2.1, 0.1]])
+
+
+def _density(action, loc, scale):
+    """Of a truncated normal, normalised by the trapezoidal rule in float64."""
+    grid = np.linspace(-1, 1, 200_001)
+    weight = lambda x: np.exp(-0.5 * ((x - loc) / scale) ** 2)  # noqa: E731
+    return weight(action) / np.trapezoid(weight(grid), grid)
+
+
+def test_truncated_normal_equals_a_numerical_integral():
+    dist = dists.TruncatedNormal(LOC, SCALE)
+    action = np.asarray([[-0.8, 0.3, 0.45]])
+    loc, scale = (np.asarray(x, np.float64) for x in (LOC, SCALE))
+    pairs = list(zip(action[0], loc[0], scale[0], strict=True))
+    log_prob = sum(np.log(_density(*pair)) for pair in pairs)
+    np.testing.assert_allclose(dist.log_prob(jnp.asarray(action)), [log_prob], rtol=1e-5)
+    grid = np.linspace(-1, 1, 200_001)
+    rows = [_density(grid, loc, scale) for _, loc, scale in pairs]
+    entropy = sum(-np.trapezoid(p * np.log(np.maximum(p, 1e-300)), grid) for p in rows)
+    np.testing.assert_allclose(dist.entropy(), [entropy], rtol=1e-5)
+    # The draw u lies at the action below which the share u of the density is.
+    uniform = jnp.asarray([[0.25, 0.6, 0.9]])
+    for p, u, a in zip(rows, uniform[0], dist.sample_noise(uniform)[0], strict=True):
+        below = np.trapezoid(np.where(grid <= float(a), p, 0), grid)
+        np.testing.assert_allclose(below, u, atol=1e-4)
+    np.testing.assert_array_equal(dist.mode(), LOC)
+
+
+def test_truncated_normal_from_a_networks_output():
+    # 2 sigmoid(0) + 0.1, and 2 sigmoid(log(3)) + 0.2 = 1.5 + 0.2.
+    dist = dists.TruncatedNormal.from_raw(jnp.asarray([0.5]), jnp.zeros(1))
+    np.testing.assert_allclose(dist.scale, [1.1], rtol=1e-6)
+    np.testing.assert_allclose(dist.loc, [np.tanh(0.5)], rtol=1e-6)
+    other = dists.TruncatedNormal.from_raw(jnp.zeros(1), jnp.ones(1), 0.2, 2 * np.log(3) - 1)
+    np.testing.assert_allclose(other.scale, [1.7], rtol=1e-6)
+
+
+UNIFORM = jnp.asarray([[0.02, 0.5, 0.97]])
+
+
+def test_truncated_normal_samples_with_the_gradient_of_a_normal():
+    def sample(loc, scale, **options):
+        return dists.TruncatedNormal(loc, scale, **options).sample_noise(UNIFORM)
+
+    action = sample(LOC, SCALE)
+    loc, scale = jax.grad(lambda *x: sample(*x).sum(), (0, 1))(LOC, SCALE)
+    np.testing.assert_array_equal(loc, jnp.ones((1, 3)))
+    np.testing.assert_allclose(scale, (action - LOC) / SCALE, rtol=1e-5, atol=1e-6)
+    # The exact gradient is that of the same sample, by differences in float64.
+    np.testing.assert_array_equal(sample(LOC, SCALE, implicit=True), action)
+    exact = jax.grad(lambda *x: sample(*x, implicit=True).sum(), (0, 1))(LOC, SCALE)
+
+    def inverse(u, loc, scale):
+        phi = lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2)))  # noqa: E731
+        lo, hi = phi((-1 - loc) / scale), phi((1 - loc) / scale)
+        z = statistics.NormalDist().inv_cdf(lo + u * (hi - lo))
+        return loc + scale * z
+
+    for i in range(3):
+        u, loc, scale = (float(x[0, i]) for x in (UNIFORM, LOC, SCALE))
+        slopes = (
+            (inverse(u, loc + 1e-5, scale) - inverse(u, loc - 1e-5, scale)) / 2e-5,
+            (inverse(u, loc, scale + 1e-5) - inverse(u, loc, scale - 1e-5)) / 2e-5,
+        )
+        np.testing.assert_allclose([x[0, i] for x in exact], slopes, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_truncated_normal_is_finite_at_every_draw(implicit):
+    raw = jnp.asarray([-20.0, -20.0, 0.0, 20.0, 20.0])
+    draws = jnp.asarray([0.0, 1e-7, 0.5, 1 - 2**-24, 1 - 2**-24])
+    for std in (-20.0, 20.0):
+
+        def sample(mean, std):
+            dist = dists.TruncatedNormal.from_raw(mean, std, event_ndims=0, implicit=implicit)
+            return dist.sample_noise(draws)
+
+        stds = jnp.full(5, std)
+        action = sample(raw, stds)
+        assert np.all(np.abs(action) <= 1 - 0.9e-6)
+        for slope in jax.grad(lambda *x, f=sample: f(*x).sum(), (0, 1))(raw, stds):
+            assert np.all(np.isfinite(slope))
+        dist = dists.TruncatedNormal.from_raw(raw, stds, event_ndims=0)
+        for value in (dist.log_prob(action), dist.entropy()):
+            assert np.all(np.isfinite(value))
+
+
+def test_one_hot_actions_worked_by_hand():
+    dist = dists.OneHotAction(jnp.log(jnp.asarray([0.25, 0.75])))
+    np.testing.assert_array_equal(dist.sample_noise(jnp.asarray([2.0, 0.0])), [1, 0])
+    np.testing.assert_array_equal(dist.sample_noise(jnp.asarray([1.0, 0.0])), [0, 1])
+    np.testing.assert_allclose(dist.log_prob(jnp.asarray([1.0, 0.0])), np.log(0.25), rtol=1e-6)
+    entropy = -0.25 * np.log(0.25) - 0.75 * np.log(0.75)
+    np.testing.assert_allclose(dist.entropy(), entropy, rtol=1e-6)
+    np.testing.assert_array_equal(dist.mode(), [0, 1])
+
+
+def test_one_hot_actions_pass_gradients_on_like_their_probabilities():
+    gumbel = jax.random.gumbel(jax.random.key(0), LOGITS.shape)
+    by_sample, by_probs = (
+        jax.grad(lambda x, f=f: jnp.sum(OTHER * f(dists.OneHotAction(x, None, 1))))(LOGITS)
+        for f in (lambda d: d.sample_noise(gumbel), lambda d: d.probs)
+    )
+    np.testing.assert_allclose(by_sample, by_probs, rtol=1e-6, atol=1e-8)
+    slope = jax.grad(lambda x: dists.OneHotAction(LOGITS).log_prob(x).sum())(OTHER)
+    np.testing.assert_array_equal(slope, 0.0)
+
+
+def test_one_hot_actions_are_those_of_the_categorical_with_missing_classes_too():
+    space = Discrete((3, 2), shape=(2,))
+    logits = LOGITS[:, :2]
+    ours = dists.OneHotAction(logits, space.mask(), event_ndims=1)
+    theirs = dists.Categorical(logits, space.mask(), event_ndims=1)
+    gumbel = jax.random.gumbel(jax.random.key(0), logits.shape)
+    np.testing.assert_array_equal(ours.sample_noise(gumbel).argmax(-1), theirs.sample_noise(gumbel))
+    np.testing.assert_allclose(
+        ours.log_prob(ours.mode()), theirs.log_prob(theirs.mode()), rtol=1e-6
+    )
+    np.testing.assert_array_equal(ours.entropy(), theirs.entropy())
 
 
 def test_soft_bernoulli_worked_by_hand():

@@ -1,12 +1,11 @@
 """Layers against numpy loops and numbers worked by hand."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxwm import nets, products
+from jaxwm import backend, nets
 from jaxwm.models.gru import BlockGRU, BlockGRUConfig
 
 
@@ -46,8 +45,6 @@ def test_rms_norm_by_hand():
     scale = {"scale": jnp.array([1.0, 2.0])}
     y = nets.RMSNorm(2).apply({"params": scale}, x)
     np.testing.assert_allclose(y, [[0.848525, 2.262732], [0, 0]], rtol=1e-5)
-    across = nets.RMSNorm(2, axis=0).apply({"params": scale}, x.T)
-    np.testing.assert_allclose(across, y.T, rtol=1e-6)
     half = nets.RMSNorm(2).apply({"params": scale}, x.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
 
@@ -71,31 +68,27 @@ def test_block_linear_is_a_dense_layer_of_blocks(rng):
     dense[:3, :2], dense[3:, 2:] = params["kernel"]
     want = x @ dense + params["bias"]
     np.testing.assert_allclose(apply(module, params, x), want, atol=1e-6)
-
-    # The same with features first.
-    def columns(method, x, *args):
-        laid_out = nets.call(module, method)(jax.tree.map(jnp.asarray, params), *args)
-        kernel = laid_out if method == "laid_out" else products.kernel_of(laid_out, "float32")
-        return products.columns(kernel, jnp.asarray(x))
-
-    grouped = columns("laid_out", x.T.reshape(2, 3, 7), 3).reshape(4, 7)
-    have = apply(module, params, np.asarray(grouped), 0, method="add_bias")
-    np.testing.assert_allclose(have, want.T, atol=1e-6)
     # One input for all blocks: as if each block had it in its own rows, here the last two.
     shared = normal(rng, 7, 2)
-    repeated = np.concatenate([shared, shared], -1).reshape(7, 2, 2)
-    each = apply(module, params, repeated, 1, method="rows").reshape(7, 4)
-    np.testing.assert_allclose(columns("shared", shared.T, 1, 2), each.T, atol=1e-6)
+    repeated = np.concatenate([shared, shared], -1)
+    each = apply(module, params, repeated, 1, method="rows")
+    have = apply(module, params, shared, 1, method="shared_rows")
+    np.testing.assert_allclose(have, each, atol=1e-6)
+    have = apply(module, params, each, method="add_bias")
+    np.testing.assert_allclose(have, each + params["bias"], atol=1e-6)
 
 
 def test_gradients_of_many_steps_add_up_in_full_precision():
     module, one = nets.Linear(1, 1, dtype="bfloat16"), jnp.ones((1, 1))
+    apply = nets.call(module)
+
+    def step(params, carry, x):
+        return carry + apply(params, x).astype(jnp.float32), ()
 
     def total(kernel):
-        laid_out = nets.call(module, "laid_out")({"kernel": kernel, "bias": jnp.zeros(1)}, 1)
-        product = lambda: products.columns(laid_out, one.astype("bfloat16"))  # noqa: E731
-        step = lambda carry, _: (carry + product().astype("float32")[0, 0], None)  # noqa: E731
-        return jax.lax.scan(step, 0.0, None, 1000)[0]
+        params = {"kernel": kernel, "bias": jnp.zeros(1)}
+        inputs = jnp.ones((1000, 1, 1), jnp.bfloat16)
+        return backend.scan(step, params, jnp.zeros((1, 1)), inputs)[0][0, 0]
 
     # A thousand steps whose gradient is 1 each; in bfloat16, 256 + 1 is 256.
     assert jax.grad(total)(one) == 1000
@@ -105,60 +98,13 @@ def test_slices_change_neither_values_nor_gradients(rng):
     x = normal(rng, 3, 2, 2**17)
 
     def total(x):
-        low, high = nets.by_slices(lambda x: (x.min(-1), jnp.sin(x).sum(-1)), x)
+        low, high = backend.by_slices(lambda x: (x.min(-1), jnp.sin(x).sum(-1)), x)
         return jnp.sum(low * high)
 
     whole = lambda x: jnp.sum(x.min(-1) * jnp.sin(x).sum(-1))  # noqa: E731
     have, want = (jax.jit(jax.value_and_grad(f))(x) for f in (total, whole))
     for have_one, want_one in zip(have, want, strict=True):
         np.testing.assert_allclose(have_one, want_one, rtol=1e-3, atol=1e-3)
-
-
-def test_remembered_products_are_not_computed_again_and_learn_the_same(rng):
-    x = jnp.asarray(normal(rng, 3, 2, 5))
-    module = nets.Heads(5, 8, 2, {"a": 2, "b": 4})
-    params = jax.tree.map(jnp.asarray, fill(module, rng, x))
-    out, products = nets.remembering(module)(params, x)
-    assert len(jax.tree.leaves(products)) == 4
-
-    def again(params, x):
-        return nets.recalling(module)(params, products, x)
-
-    total = lambda f: lambda *args: sum(jnp.sum(jnp.sin(y)) for y in f(*args).values())  # noqa: E731
-    gradients = [jax.grad(total(f), (0, 1)) for f in (again, nets.call(module))]
-    jax.tree.map(np.testing.assert_array_equal, again(params, x), out)
-    close = lambda have, want: np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5)  # noqa: E731
-    jax.tree.map(close, *(gradient(params, x) for gradient in gradients))
-    assert "dot_general" in str(jax.make_jaxpr(nets.call(module))(params, x))
-    assert "dot_general" not in str(jax.make_jaxpr(again)(params, x))
-
-
-def test_heads_abreast_are_those_apart_with_one_product_for_their_first_layers(rng):
-    x = jnp.asarray(normal(rng, 3, 2, 5))
-    heads = {"wide": nets.Heads(5, 8, 2, {"a": 2}), "narrow": nets.Heads(5, 4, 1, {"b": 3})}
-    params = {name: fill(module, rng, x) for name, module in heads.items()}
-    params = jax.tree.map(jnp.asarray, params)
-
-    def abreast(params, x, products=None):
-        return nets.abreast(heads)(params, x, products)[0]
-
-    def apart(params, x):
-        return {name: nets.call(module)(params[name], x) for name, module in heads.items()}
-
-    close = lambda have, want: np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5)  # noqa: E731
-    jax.tree.map(close, abreast(params, x), apart(params, x))
-    out, products = nets.abreast(heads)(params, x)
-    for name, module in heads.items():
-        jax.tree.map(close, products[name], nets.remembering(module)(params[name], x)[1])
-    total = lambda f: lambda *args: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(f(*args)))  # noqa: E731
-    again = lambda params, x: abreast(params, x, products)  # noqa: E731
-    jax.tree.map(np.testing.assert_array_equal, again(params, x), out)
-    want = jax.grad(total(apart), (0, 1))(params, x)
-    for f in (abreast, again):
-        jax.tree.map(close, jax.grad(total(f), (0, 1))(params, x), want)
-    counts = [str(jax.make_jaxpr(f)(params, x)).count("dot_general") for f in (apart, abreast)]
-    assert counts == [5, 4]
-    assert "dot_general" not in str(jax.make_jaxpr(again)(params, x))
 
 
 def test_heads_share_a_trunk_and_start_at_zero_if_asked(rng):
@@ -243,7 +189,7 @@ def norm(x, scale):
 
 
 def test_the_recurrent_core_in_numpy(rng):
-    """The core with the batch first and each block in a loop."""
+    """Each block in a loop."""
     config = BlockGRUConfig(deter=6, hidden=4, blocks=2)
     core = BlockGRU(config, stoch_size=5, action_size=2)
     h, z, a = normal(rng, 3, 6), normal(rng, 3, 5), 2 * normal(rng, 3, 2)
@@ -271,33 +217,6 @@ def test_the_recurrent_core_in_numpy(rng):
     update = sigmoid(update - 1)
     want = update * np.tanh(sigmoid(reset) * candidate) + (1 - update) * h
     np.testing.assert_allclose(apply(core, params, h, z, a), want, atol=1e-4)
-
-
-def test_a_table_of_choices_is_the_path_of_each(rng):
-    """Also of no action, and in the gradients of both ways into the core."""
-    config = BlockGRUConfig(deter=6, hidden=4, blocks=2)
-    plain, tabled = (BlockGRU(config, 5, 3, one_hot=flag) for flag in (False, True))
-    actions = jnp.eye(4, 3)  # the last is none
-    h, z = jnp.asarray(normal(rng, 4, 6)), jnp.asarray(normal(rng, 4, 5))
-    params = jax.tree.map(jnp.asarray, fill(plain, rng, h, z, actions))
-
-    def both_ways(core, params):
-        dreamt = nets.call(core)(params, h, z, actions)
-        added = nets.call(core, "action_input")(params, actions)
-        kernels = nets.call(core, "kernels")(params)
-        return dreamt, nets.call(core, "step")(params, kernels, h.T, z, added).T
-
-    want, got = both_ways(plain, params), both_ways(tabled, params)
-    assert np.abs(want[0][:3] - want[0][3:]).max() > 0.01
-    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
-    chex.assert_trees_all_close(got[0], got[1], rtol=1e-4, atol=1e-5)
-
-    def total(params, core, way):
-        return jnp.sum(jnp.sin(both_ways(core, params)[way]))
-
-    for way in range(2):
-        want, got = (jax.grad(total)(params, core, way) for core in (plain, tabled))
-        chex.assert_trees_all_close(got, want, rtol=1e-3, atol=1e-5)
 
 
 def test_actions_beyond_one_are_clipped_without_a_gradient():

@@ -173,14 +173,21 @@ def agent(
     return joint(model, behavior, weights, optimizer, shards)
 
 
-def world_model(
+def parts(
     config: ModelConfig,
     obs_space: ObsSpace,
     action_space: ActionSpace,
     dtype: str = "float32",
     core: CoreConstructor = block_gru,
-) -> WorldModel:
-    """The world model; arguments as in `agent`.
+) -> Parts:
+    """The networks of the world model.
+
+    Args:
+      config: sizes.
+      obs_space: space of each observation key.
+      action_space: one space, or a space per key.
+      dtype: compute type.
+      core: the recurrent memory, as a constructor like `block_gru`.
 
     Raises:
       JaxwmError: if images cannot be halved to 3..16 pixels or differ in size, or the decoder's
@@ -205,7 +212,7 @@ def world_model(
         dist=lambda raw: dists.SoftBernoulli(raw[..., 0]),
         target=lambda steps: alive * (1.0 - steps.is_terminal),
     )
-    parts = Parts(
+    return Parts(
         encoder=encoder,
         core=core(config.core, latent.size, concat_size(as_dict(action_space)), dtype),
         latent=latent,
@@ -215,7 +222,18 @@ def world_model(
         observation=encoders.observation_dist,
         heads={"reward": reward, "continue": cont},
     )
-    return rssm(parts, obs_space, action_space, dtype)
+
+
+def world_model(
+    config: ModelConfig,
+    obs_space: ObsSpace,
+    action_space: ActionSpace,
+    dtype: str = "float32",
+    core: CoreConstructor = block_gru,
+) -> WorldModel:
+    """The world model; arguments as in `parts`."""
+    networks = parts(config, obs_space, action_space, dtype, core)
+    return rssm(networks, obs_space, action_space, dtype)
 
 
 NAME = "dreamer_v3"

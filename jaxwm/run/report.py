@@ -5,16 +5,17 @@
 
 import importlib.metadata
 import json
-import platform
 import shlex
 import subprocess
 from pathlib import Path
+from platform import platform as system
+from platform import python_version
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from jaxwm import __version__
+from jaxwm import __version__, backend
 from jaxwm.config import flatten
 from jaxwm.recipes import RunConfig, find
 from jaxwm.run import checkpoint
@@ -50,10 +51,10 @@ class Summary(NamedTuple):
 def versions() -> dict[str, str]:
     """Software and hardware: whatever may change the numbers but the configuration."""
     device = jax.devices()[0]
-    found = {"jaxwm": __version__, "python": platform.python_version()}
+    found = {"jaxwm": __version__, "python": python_version()}
     found |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    found |= {"device": f"{jax.device_count()} x {device.device_kind}", "backend": device.platform}
-    found["platform"] = platform.platform()
+    found |= {"device": f"{jax.device_count()} x {device.device_kind}", "backend": backend.kind()}
+    found["platform"] = system()
     commit = _commit()
     return found | ({"commit": commit} if commit else {})
 

@@ -115,13 +115,9 @@ class Saver:
             self._job = self._thread.submit(write)
 
     def _prepare(self, step: int, state: Any) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
-        """Copies of the parts to write, the manifest's text, and the checkpoint to take rows from."""
-        written, axis, buffer = (
-            int(state.clock.cursor.written),
-            parts.ring_axis(state),
-            state.buffer,
-        )
-        capacity = buffer.rows.is_first.shape[-1]
+        """Copies of the parts to write, what the manifest says, and whose rows to take over."""
+        buffer, axis = state.buffer, parts.ring_axis(state)
+        written, capacity = int(state.clock.cursor.written), buffer.rows.is_first.shape[-1]
         base, pieces = self._rows_on_disk(written - capacity)
         first = pieces[-1][1] if pieces else max(0, written - capacity)
         whole = {parts.PARAMS: state.agent.params, parts.REST: parts.rest(state)}

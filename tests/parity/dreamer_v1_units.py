@@ -16,7 +16,8 @@ from tests.parity.layers import compare_uniform, gaussian_kl, shared_checks
 
 def keras_gru(recorded: dict[str, Any]) -> dict[str, Any]:
     """Our parameters of the GRU: row 0 of the recorded bias belongs to x, row 1 to h."""
-    bias = jnp.asarray(recorded["bias"])
+    recorded = {name: jnp.asarray(x) for name, x in recorded.items()}
+    bias = recorded["bias"]
     return {
         "input": {"kernel": recorded["kernel"], "bias": bias[0]},
         "recurrent": {"kernel": recorded["recurrent_kernel"], "bias": bias[1]},

@@ -15,6 +15,7 @@ from tests.parity.layers import gaussian_kl, shared_checks, unit_normal
 
 def planet_gru(recorded: dict[str, Any]) -> dict[str, Any]:
     """Our parameters of the GRU."""
+    recorded = {name: jnp.asarray(x) for name, x in recorded.items()}
     return {
         "gates": {"kernel": recorded["w_ru"], "bias": recorded["b_ru"]},
         "candidate": {"kernel": recorded["w_c"], "bias": recorded["b_c"]},

@@ -157,10 +157,10 @@ def test_a_missing_entry_costs_nothing_and_has_no_gradient():
 
 def test_pixels_are_centred_and_numbers_squashed():
     spaces = {"x": Box((1,))}
-    encoder = Encoder(spaces, codec())
-    params = encoder.init(jax.random.key(0), {"x": jnp.zeros((1, 1))})
+    module = Encoder(spaces, codec())
+    params = module.init(jax.random.key(0), {"x": jnp.zeros((1, 1))})
     # RMS norm removes the scale of a single number but for its epsilon: only the sign is left.
-    far, near = (encoder.apply(params, {"x": jnp.full((1, 1), x)}) for x in (1e6, 1e3))
+    far, near = (module.apply(params, {"x": jnp.full((1, 1), x)}) for x in (1e6, 1e3))
     assert np.isfinite(far).all() and np.abs(far - near).max() < 0.01
     image = Encoder({"i": Box((16, 16, 3), "uint8", 0, 255)}, codec())
     middle = jnp.full((1, 16, 16, 3), 255 / 2)
