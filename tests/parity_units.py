@@ -43,8 +43,8 @@ def names(arrays: Arrays, pattern: str) -> Iterator[tuple[str, ...]]:
 def put(arrays: Arrays, prefix: str) -> dict[str, jax.Array]:
     """All arrays under a prefix, on the device, by the rest of their names."""
     return {
-        key.removeprefix(prefix): jnp.asarray(value)
-        for key, value in arrays.items()
+        key.removeprefix(prefix): jnp.asarray(arrays[key])
+        for key in arrays
         if key.startswith(prefix)
     }
 
@@ -365,15 +365,15 @@ def model_tree(opt: Arrays, model: Arrays) -> None:
             if run == "default" and number == 1:
                 for name, update in updates.items():
                     close(name, update, np.zeros(update.shape))
-            for key, want in opt.items():
+            for key in opt:
                 kind, _, name = key.removeprefix(f"{run}/").partition("/")
                 if key == f"{run}/{kind}/{name}":
                     if kind == f"update{number}":
-                        close(key, updates[name], want, RAMP)
+                        close(key, updates[name], opt[key], RAMP)
                     elif kind == f"params{number}":
-                        close(key, after[name], want, 0, 1e-8 + _ulps(2 * number, want))
+                        close(key, after[name], opt[key], 0, 1e-8 + _ulps(2 * number, opt[key]))
                     elif kind == f"slowval{number}":
-                        close(key, critic[name], want, 0, 1e-8 + _ulps(2 * number, want))
+                        close(key, critic[name], opt[key], 0, 1e-8 + _ulps(2 * number, opt[key]))
 
 
 def extra_tree(opt: Arrays, model: Arrays) -> None:

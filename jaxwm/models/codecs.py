@@ -362,7 +362,7 @@ def quantized(model: WorldModel, obs_space: ObsSpace, bits: int = 5) -> WorldMod
     return model._replace(draws=draws, observe=observe, step=step, loss=loss) if images else model
 
 
-def _uniform(keys: Key, images: dict[str, Box]) -> dict[str, Array]:
+def _uniform(keys: Any, images: dict[str, Box]) -> dict[str, Array]:
     """Uniform draws for every image, from a key per row (*lead)."""
 
     def one(key: Key) -> dict[str, Array]:

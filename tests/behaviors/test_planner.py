@@ -14,7 +14,7 @@ import pytest
 from jaxwm.behaviors.planner import CEMConfig, Normal, cem, planner, predicted_rewards, proposals
 from jaxwm.types import Box, Discrete, Dreamer, JaxwmError
 
-DATA = Path(__file__).parents[1] / "data" / "planners"
+DATA = Path(__file__).parents[1] / "data" / "parity" / "planners"
 PLAIN = CEMConfig(horizon=3, iterations=2, candidates=6, elites=2)
 
 

@@ -32,7 +32,8 @@ def preprocess(recorded: Recorded) -> None:
             if name == "reward":
                 ours = CLIPS[{"identity": "none"}.get(clip, clip)](x)
             else:
-                ours = x if x.dtype == bool else centred(x).astype(jnp.float32)
+                numbers = x if x.dtype == bool else x.astype(jnp.float32)
+                ours = centred(x) if x.dtype == jnp.uint8 else numbers
             recorded.compare(f"{root}out/{name}", ours)
         discount = float(recorded.peek(f"{root}out/discount").max())
         head = soft_continue(Net(lambda key: (), lambda params, x: x), discount)

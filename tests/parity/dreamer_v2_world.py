@@ -183,6 +183,8 @@ def forward(recorded: Recorded) -> None:
     recorded.compare("out/loss/kl", ours["means"]["kl"])
     for name, weight in case.weights.items():
         recorded.compare(f"out/scale/{name}", np.float32(weight))
+    # The layer norms that were found are those that the settings ask for.
+    assert (recorded.text("cfg/norm") == "layer") == (model_config(recorded).norm == "layer")
 
 
 def spaces_of(case: World, image: bool) -> list[str]:

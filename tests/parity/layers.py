@@ -25,7 +25,7 @@ def cell(
 
     def check(recorded: Recorded) -> None:
         x, h, w = (jnp.asarray(recorded[f"gru/{name}"]) for name in "xhw")
-        params = recorded.flat("gru/params/")
+        params = jax.tree.map(jnp.asarray, recorded.flat("gru/params/"))
         apply = nets.call(module(hidden=x.shape[-1], deter=h.shape[-1]))
         recorded.compare("gru/out", apply(tree(params), x, h))
 

@@ -84,7 +84,7 @@ class World:
         self.recorded, self.parts, self.model, self.tree = recorded, parts, model, tree
         self.losses, self.weights, self.spaces = losses, weights, spaces
         self.params = {
-            name: value
+            name: jnp.asarray(value)
             for name, value in recorded.flat("params/").items()
             if re.match(r"(enc|rssm|dec|reward|discount|pcont)/", name)
         }
@@ -242,5 +242,5 @@ def compare_preprocessed(recorded: Recorded, image: Any) -> None:
         recorded.compare("out/pre/image_first", centred(jnp.asarray(image))[0, :1])
 
 
-def _batch_major(x: Any) -> np.ndarray:
-    return np.swapaxes(np.asarray(x), 0, 1) if np.ndim(x) > 1 else np.asarray(x)
+def _batch_major(x: Any) -> Any:
+    return jnp.swapaxes(x, 0, 1) if jnp.ndim(x) > 1 else x

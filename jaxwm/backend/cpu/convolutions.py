@@ -1,8 +1,8 @@
-"""Convolutions of images, with their gradients, in ways that are fast on CPUs too.
+"""Convolutions of images and their gradients, as CPUs compute them fast.
 
-Maps are (n, h, w, c), kernels (h, w, in, out). XLA has a fast routine for CPUs in one layout only,
-without strides, and few channels leave it idle: gradients are brought into that layout, and pixels
-are made channels. All are plain convolutions, to rounding.
+Maps are (n, h, w, c), kernels (h, w, in, out). For CPUs XLA has a fast routine for one layout only,
+without strides, and it needs many channels. Here gradients are brought into that layout, and the
+pixels of a square become channels. All functions equal those of `plain` up to rounding.
 """
 
 import functools
@@ -23,9 +23,8 @@ def convolve(
 ) -> Float[Array, "n h w o"]:
     """Convolution with SAME padding.
 
-    On CPU, if there are few channels, the pixels of a 2x2 square become channels of a smaller map,
-    from which one convolution makes the pixels of an output square: with 1.4 times the operations,
-    of 5x5 taps, in half the time.
+    If there are few channels, the pixels of a 2x2 square become channels of a smaller map, and one
+    convolution of that map makes the pixels of the output squares.
     """
     if _in_squares(x) and min(kernel.shape[2:]) <= _FEW:
         return _pixels(_convolve(_squares(x), *_for_squares(kernel)))
@@ -38,8 +37,7 @@ def convolve_strided(
 ) -> Float[Array, "n h2 w2 o"]:
     """`convolve` of stride 2: what SAME padding is missing, the larger half comes after the map.
 
-    On CPU the gradients of even maps are those of the convolution from squares of pixels, which
-    has no stride.
+    Gradients of even maps are those of the convolution from squares of pixels, which has no stride.
     """
     return _conv(x, kernel, _same(x, kernel, 2), 2)
 
@@ -61,7 +59,7 @@ convolve_strided.defvjp(_strided_forward, _strided_backward)
 
 def _in_squares(x: Array) -> bool:
     """Whether squares of a map are better convolved than the map."""
-    return jax.default_backend() == "cpu" and x.shape[1] % 2 == x.shape[2] % 2 == 0
+    return x.shape[1] % 2 == x.shape[2] % 2 == 0
 
 
 def _same(x: Array, kernel: Array, stride: int = 1) -> Pads:
@@ -74,11 +72,8 @@ def convolve_pooled(
 ) -> Float[Array, "n h2 w2 o"]:
     """`max_pool(convolve(x, kernel))`, of maps of even height and width.
 
-    On CPU a few images at a time are convolved and pooled, so that what is pooled stays in the
-    cache.
+    A few images at a time are convolved and pooled, so that what is pooled stays in the cache.
     """
-    if jax.default_backend() != "cpu":
-        return max_pool(convolve(x, kernel))
     if kernel.shape[2] > _FEW:
         return _pooled(x, kernel, _same(x, kernel), False)
     return _pooled(x, *_for_squares(kernel), True)
@@ -104,11 +99,9 @@ def convolve_transposed(
 ) -> Float[Array, "n h2 w2 o"]:
     """`convolve` of a map with the pixels of `x` at odd places and zeros between, of odd kernels.
 
-    On CPU that map is never made, see `convolve_doubled`.
+    That map is never made, see `convolve_doubled`.
     """
     size, half = kernel.shape[0], kernel.shape[0] // 2
-    if jax.default_backend() != "cpu":
-        return _conv(x, kernel, ((half + 1, half),) * 2, dilation=2)
     merged, pads = _merged(kernel, (np.arange(2)[:, None] + np.arange(size) - half - 1) / 2)
     return _pixels(_convolve(x, merged, pads))
 
@@ -157,8 +150,6 @@ def _convolve_forward(x, kernel, pads):
 
 def _convolve_backward(pads, saved, grad):
     x, kernel = saved
-    if jax.default_backend() != "cpu":
-        return jax.vjp(lambda x, kernel: _conv(x, kernel, pads), x, kernel)[1](grad)
     zero = jnp.zeros((x.shape[-1], *kernel.shape[:2], grad.shape[-1]), grad.dtype)
 
     def add(total: Array, images: tuple[Array, Array]) -> tuple[Array, None]:
@@ -260,32 +251,6 @@ def _conv(x: Array, kernel: Array, pads: Pads, stride: int = 1, dilation: int = 
     )
 
 
-@jax.custom_vjp
-def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-    """Maximum over 2x2 squares; equal maxima share the gradient."""
-    return functools.reduce(jnp.maximum, _corners(x))
-
-
-def _max_pool_forward(x):
-    y = max_pool(x)
-    return y, (x, y)
-
-
-def _max_pool_backward(saved, grad):
-    # As automatic differentiation of a maximum has it, without its reductions over squares.
-    x, y = saved
-    share = grad / sum((corner == y).astype(grad.dtype) for corner in _corners(x))
-    return (jnp.where(x == upsample(y), upsample(share), 0),)
-
-
-max_pool.defvjp(_max_pool_forward, _max_pool_backward)
-
-
-def _corners(x: Array) -> list[Array]:
-    """The four pixels of each 2x2 square, each (n, h / 2, w / 2, c)."""
-    return [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
-
-
 def _squares(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c4"]:
     """The four pixels of each 2x2 square one after the other, as channels."""
     n, h, w, c = x.shape
@@ -298,10 +263,3 @@ def _pixels(x: Float[Array, "n h w c4"]) -> Float[Array, "n h2 w2 c"]:
     n, h, w, c = x.shape
     x = x.reshape(n, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(n, 2 * h, 2 * w, c // 4)
-
-
-def upsample(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-    """Nearest-neighbour doubling of height and width."""
-    n, h, w, c = x.shape
-    wide = jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c))
-    return wide.reshape(n, 2 * h, 2 * w, c)
