@@ -11,6 +11,7 @@ import pytest
 
 from jaxwm import train
 from jaxwm.config import flatten
+from jaxwm.optim import Schedule
 from jaxwm.recipes import RunConfig, sweep
 from jaxwm.types import JaxwmError
 from tests.conformance.cases import NAMES, compilations, small
@@ -19,8 +20,14 @@ SEEDS, CHUNKS, ITERATIONS = 2, 3, 7
 
 
 def numbers(config: Any) -> dict[str, float]:
-    """The numbers with fractions of an agent's configuration by path, also in schedules."""
-    return {f"agent.{x}": value for x, value in flatten(config).items() if isinstance(value, float)}
+    """The numbers with fractions of an agent's configuration by path; two for a schedule."""
+    found: dict[str, float] = {}
+    for path, value in flatten(config).items():
+        if isinstance(value, Schedule):
+            found |= {f"agent.{path}.start": value.start, f"agent.{path}.end": value.end}
+        elif isinstance(value, float):
+            found[f"agent.{path}"] = value
+    return found
 
 
 def accepted(run: RunConfig, path: str, value: float) -> str:
@@ -82,8 +89,8 @@ def test_every_number_can_be_swept_or_says_why_not(members):
 def test_what_is_no_number_with_fractions_says_so(members):
     run = dataclasses.replace(members.run, sweep=())
     for name, value in flatten(run.agent).items():
-        if not isinstance(value, float):
-            with pytest.raises(JaxwmError, match="no entry to sweep called|cannot be swept: "):
+        if not isinstance(value, float | Schedule):
+            with pytest.raises(JaxwmError, match=r"no entry to sweep called|cannot be swept: "):
                 sweep.parse((f"agent.{name}=1,2",), run)
 
 
@@ -105,17 +112,18 @@ def test_members_are_single_runs_and_a_second_call_compiles_nothing(members, cap
         for _ in range(CHUNKS):
             single, told = own.chunk(single)
     assert own.chunk.function._cache_size() == 1
-    assert int(single.clock.updates) == int(state.clock.updates) > 3
+    assert int(single.clock.updates) == int(state.clock.updates) >= 3
     mine = jax.tree.map(lambda x: x[last], state._replace(clock=None))
     chex.assert_trees_all_equal(mine.row.is_first, single.row.is_first)
     chex.assert_trees_all_close(mine.agent.params, single.agent.params, atol=1e-4, rtol=1e-4)
     chex.assert_trees_all_close(mine.agent.rest, single.agent.rest, atol=1e-3, rtol=1e-3)
     for name, value in told.items():
-        np.testing.assert_allclose(
-            metrics[name][last], value, rtol=1e-3, atol=1e-3, err_msg=name
-        )
+        np.testing.assert_allclose(metrics[name][last], value, rtol=1e-3, atol=1e-3, err_msg=name)
     # The members differ from each other, in seed and in setting.
-    flat = [jnp.concatenate([x[i].ravel() for x in jax.tree.leaves(state.agent.params)]) for i in range(4)]
+    flat = [
+        jnp.concatenate([x[i].ravel() for x in jax.tree.leaves(state.agent.params)])
+        for i in range(4)
+    ]
     for one, other in ((0, 1), (1, 3), (2, 3)):
         assert (flat[one] != flat[other]).any()
     for leaf in jax.tree.leaves(state.agent):
