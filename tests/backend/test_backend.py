@@ -29,7 +29,9 @@ def agree(name, *inputs, rtol=1e-4, atol=1e-4):
 
 
 def test_both_backends_have_the_same_operations():
-    operations = set(cpu.__all__) - {"compiler_options"}
+    names = {name for name in vars(cpu) if not name.startswith("_")}
+    operations = {name for name in names if callable(getattr(cpu, name))} - {"compiler_options"}
+    assert len(operations) > 10
     assert all(callable(getattr(plain, name)) for name in operations)
     assert all(callable(getattr(backend, name)) for name in operations)
 

@@ -1,7 +1,8 @@
-"""What jaxwm asks of XLA on CPUs beyond its defaults.
+"""Options of XLA's compiler for CPUs.
 
-XLA hands products and reductions to the library YNNPACK by default, which is slower for this work.
-Vectors of 512 bits are used where a CPU has them. An option in the user's XLA_FLAGS stays as it is.
+XLA hands products and reductions to the library YNNPACK by default; its own code is faster for the
+shapes of world models. Vectors of 512 bits help CPUs that have them. benchmarks/README.md says how
+much. An option that the user sets in XLA_FLAGS stays as the user sets it.
 """
 
 import functools
@@ -9,13 +10,16 @@ import os
 
 import jax
 
-OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_prefer_vector_width": "512"}
+OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_cpu_prefer_vector_width": "512",
+}
 
 
-def options() -> dict[str, str]:
-    """The options that this release of XLA knows and the user leaves open."""
-    named = os.environ.get("XLA_FLAGS", "")
-    return {x: value for x, value in OPTIONS.items() if x not in named and _known(x, value)}
+def compiler_options() -> dict[str, str]:
+    """The options that this release of XLA knows and that the user has not set."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {x: value for x, value in OPTIONS.items() if x not in flags and _known(x, value)}
 
 
 @functools.cache

@@ -1,8 +1,9 @@
-"""Convolutions of images and their gradients, as CPUs compute them fast.
+"""Convolutions of images, and their gradients, in the forms that XLA computes fast on CPUs.
 
-Maps are (n, h, w, c), kernels (h, w, in, out). For CPUs XLA has a fast routine for one layout only,
-without strides, and it needs many channels. Here gradients are brought into that layout, and the
-pixels of a square become channels. All functions equal those of `plain` up to rounding.
+XLA has one fast routine for convolutions on CPUs. It needs one layout and no strides, and few
+channels leave it idle. So gradients are brought into that layout, and a square of pixels becomes
+the channels of one pixel of a smaller map. Every function equals its plain definition up to
+rounding.
 """
 
 import functools
@@ -11,23 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxwm.backend import plain
 from jaxwm.types import Array, Float
 
 Pads = tuple[tuple[int, int], ...]
-# So few channels fill neither the vectors of a product nor its columns.
-_FEW = 16
+# With so few channels, squares of pixels are convolved faster than pixels.
+FEW = 16
 
 
 def convolve(
     x: Float[Array, "n h w c"], kernel: Float[Array, "k k c o"]
 ) -> Float[Array, "n h w o"]:
-    """Convolution with SAME padding.
-
-    If there are few channels, the pixels of a 2x2 square become channels of a smaller map, and one
-    convolution of that map makes the pixels of the output squares.
-    """
-    if _in_squares(x) and min(kernel.shape[2:]) <= _FEW:
-        return _pixels(_convolve(_squares(x), *_for_squares(kernel)))
+    """Convolution with SAME padding, from 2x2 squares to 2x2 squares if there are few channels."""
+    if _has_squares(x) and min(kernel.shape[2:]) <= FEW:
+        return _pixels(_convolve(_squares(x), *_between_squares(kernel)))
     return _convolve(x, kernel, _same(x, kernel))
 
 
@@ -35,82 +33,99 @@ def convolve(
 def convolve_strided(
     x: Float[Array, "n h w c"], kernel: Float[Array, "k k c o"]
 ) -> Float[Array, "n h2 w2 o"]:
-    """`convolve` of stride 2: what SAME padding is missing, the larger half comes after the map.
-
-    Gradients of even maps are those of the convolution from squares of pixels, which has no stride.
-    """
-    return _conv(x, kernel, _same(x, kernel, 2), 2)
+    """Convolution of stride 2 with SAME padding; gradients are those of one from 2x2 squares."""
+    return plain.convolve_strided(x, kernel)
 
 
-def _strided_forward(x, kernel):
-    return convolve_strided(x, kernel), (x, kernel)
+def _strided_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    def from_squares(x: Array, kernel: Array) -> Array:
+        return _convolve(_squares(x), *_from_squares(kernel, max(len(kernel) - 2, 0) // 2))
 
-
-def _strided_backward(saved, grad):
-    if _in_squares(saved[0]):
-        same = lambda x, kernel: _convolve(_squares(x), *_for_squares(kernel, 2))  # noqa: E731
-    else:
-        same = lambda x, kernel: _conv(x, kernel, _same(x, kernel, 2), 2)  # noqa: E731
+    same = from_squares if _has_squares(saved[0]) else plain.convolve_strided
     return jax.vjp(same, *saved)[1](grad)
 
 
-convolve_strided.defvjp(_strided_forward, _strided_backward)
+convolve_strided.defvjp(
+    lambda x, kernel: (convolve_strided(x, kernel), (x, kernel)), _strided_backward
+)
 
 
-def _in_squares(x: Array) -> bool:
-    """Whether squares of a map are better convolved than the map."""
-    return x.shape[1] % 2 == x.shape[2] % 2 == 0
-
-
-def _same(x: Array, kernel: Array, stride: int = 1) -> Pads:
-    short = [max(kernel.shape[0] - (n % stride or stride), 0) for n in x.shape[1:3]]
-    return tuple((n // 2, n - n // 2) for n in short)
+def convolve_valid(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "k k c o"], stride: int = 2
+) -> Float[Array, "n h2 w2 o"]:
+    """Convolution without padding, from squares of `stride` pixels."""
+    merged, _ = _from_squares(kernel, 0, stride)
+    # The map is cut or filled up to the squares that the outputs read.
+    sides = [(n - len(kernel)) // stride + len(merged) for n in x.shape[1:3]]
+    edges = [(0, side * stride - n, 0) for side, n in zip(sides, x.shape[1:3], strict=True)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    return _convolve(_squares(x, stride), merged, ((0, 0),) * 2)
 
 
 def convolve_pooled(
     x: Float[Array, "n h w c"], kernel: Float[Array, "k k c o"]
 ) -> Float[Array, "n h2 w2 o"]:
-    """`max_pool(convolve(x, kernel))`, of maps of even height and width.
-
-    A few images at a time are convolved and pooled, so that what is pooled stays in the cache.
-    """
-    if kernel.shape[2] > _FEW:
+    """The largest of each 2x2 square of `convolve`, computed for a few images at a time."""
+    if kernel.shape[2] > FEW:
         return _pooled(x, kernel, _same(x, kernel), False)
-    return _pooled(x, *_for_squares(kernel), True)
+    return _pooled(x, *_between_squares(kernel), True)
 
 
 def convolve_doubled(
     x: Float[Array, "n h w c"], kernel: Float[Array, "k k c o"]
 ) -> Float[Array, "n h2 w2 o"]:
-    """`convolve(upsample(x), kernel)`, of odd kernels.
+    """`convolve` of the map with every pixel repeated in a 2x2 square, without making that map.
 
-    The doubled map is never made. Of a kernel's taps on it several meet the same pixel of the
-    map itself, so that each of the four positions within a doubled pixel is a smaller
-    convolution, with kernels that are sums of taps: of 5x5 taps 3x3 remain. They are added up in
-    the type of `kernel`, which may be wider than that of `x`.
+    Several taps of the kernel meet the same pixel of the small map. Each of the four positions in a
+    doubled pixel is therefore a smaller convolution, whose taps are sums: 3x3 for a 5x5 kernel.
     """
-    size = kernel.shape[0]
-    merged, pads = _merged(kernel, (np.arange(2)[:, None] + np.arange(size) - size // 2) // 2)
-    return _pixels(_convolve(x, merged.astype(x.dtype), pads))
+    place = (np.arange(2)[:, None] + np.arange(len(kernel)) - len(kernel) // 2) // 2
+    return _pixels(_convolve(x, *_merged(kernel, place)))
 
 
 def convolve_transposed(
     x: Float[Array, "n h w c"], kernel: Float[Array, "k k c o"]
 ) -> Float[Array, "n h2 w2 o"]:
-    """`convolve` of a map with the pixels of `x` at odd places and zeros between, of odd kernels.
+    """`convolve` of the map with zeros between its pixels, without making that map; odd k."""
+    place = (np.arange(2)[:, None] + np.arange(len(kernel)) - len(kernel) // 2 - 1) / 2
+    return _pixels(_convolve(x, *_merged(kernel, place)))
 
-    That map is never made, see `convolve_doubled`.
+
+def convolve_transposed_valid(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "k k o c"]
+) -> Float[Array, "n h2 w2 o"]:
+    """Transposed convolution of stride 2 without padding, from pixels to 2x2 squares."""
+    place = (np.arange(2)[:, None] - np.arange(len(kernel))) / 2
+    merged, ((before, _), _) = _merged(kernel.swapaxes(2, 3), place)
+    y = _pixels(_convolve(x, merged, ((before, before),) * 2))
+    height, width = (2 * (n - 1) + len(kernel) for n in x.shape[1:3])
+    return y[:, :height, :width]
+
+
+def _has_squares(x: Array) -> bool:
+    return x.shape[1] % 2 == x.shape[2] % 2 == 0
+
+
+def _same(x: Array, kernel: Array) -> Pads:
+    short = kernel.shape[0] - 1
+    return ((short // 2, short - short // 2),) * 2
+
+
+def _between_squares(kernel: Array) -> tuple[Array, Pads]:
+    """The kernel of `convolve` from 2x2 squares to 2x2 squares, and its pads."""
+    size = len(kernel)
+    return _merged(kernel, np.arange(2)[:, None] + np.arange(size) - (size - 1) // 2, 2)
+
+
+def _from_squares(kernel: Array, low: int, stride: int = 2) -> tuple[Array, Pads]:
+    """The kernel of a strided convolution from squares of `stride` pixels to pixels, and its pads.
+
+    Args:
+      kernel: (k, k, i, o).
+      low: the padding before the map.
+      stride: step of the convolution.
     """
-    size, half = kernel.shape[0], kernel.shape[0] // 2
-    merged, pads = _merged(kernel, (np.arange(2)[:, None] + np.arange(size) - half - 1) / 2)
-    return _pixels(_convolve(x, merged, pads))
-
-
-def _for_squares(kernel: Array, stride: int = 1) -> tuple[Array, Pads]:
-    """`_merged`, from the 2x2 squares of a map to such squares or, with stride 2, to pixels."""
-    size = kernel.shape[0]
-    low = max(size - stride, 0) // 2
-    return _merged(kernel, np.arange(2 // stride)[:, None] + np.arange(size) - low, 2)
+    return _merged(kernel, np.arange(len(kernel))[None] - low, stride)
 
 
 def _merged(kernel: Array, place: np.ndarray, reads: int = 1) -> tuple[Array, Pads]:
@@ -118,17 +133,19 @@ def _merged(kernel: Array, place: np.ndarray, reads: int = 1) -> tuple[Array, Pa
 
     Args:
       kernel: (k, k, i, o).
-      place: (makes, k), the pixel, counted from the first of its square, on which each tap falls
-        for each output pixel of a square, in height as in width; between pixels there are zeros.
+      place: (makes, k), the pixel on which each tap falls for each output pixel of a square, in
+        height and in width alike. Pixels are counted from the first one of the square. Between
+        pixels there are zeros.
       reads: height and width of the squares that are read.
 
     Returns:
-      Of (s, s, reads * reads * i, makes * makes * o).
+      The kernel (s, s, reads * reads * i, makes * makes * o), and pads for as many output squares
+      as input squares.
     """
     meets = place[place % 1 == 0]
     before, after = int(-meets.min() + reads - 1) // reads, int(meets.max()) // reads
     pixels = np.arange(-reads * before, reads * (after + 1)).reshape(-1, reads)
-    # taps[a, t, s, p]: at position a, tap t falls on pixel p of square s of the window.
+    # taps[a, t, s, p]: at output position a, tap t falls on pixel p of square s of the window.
     taps = (place[..., None, None] == pixels).astype(kernel.dtype)
     merged = jnp.einsum("atsp,buvq,tuio->svpqiabo", taps, taps, kernel)
     shape = (*merged.shape[:2], reads**2 * kernel.shape[2], len(place) ** 2 * kernel.shape[3])
@@ -137,9 +154,9 @@ def _merged(kernel: Array, place: np.ndarray, reads: int = 1) -> tuple[Array, Pa
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve(x: Array, kernel: Array, pads: Pads) -> Array:
-    """A convolution of stride 1, whose gradients are convolutions in the layout that is fast.
+    """A convolution of stride 1, whose gradients are convolutions in the fast layout.
 
-    Inside a loop XLA runs those of automatic differentiation some ten times slower on a CPU.
+    Inside a loop XLA takes some ten times longer for the gradients of automatic differentiation.
     """
     return _conv(x, kernel, pads)
 
@@ -163,14 +180,14 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _map_gradient(grad: Array, kernel: Array, pads: Pads) -> Array:
-    """Gradient to the map of a convolution."""
+    """The gradient of a convolution to its map."""
     flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
     sides = zip(kernel.shape, pads, strict=False)
     return _conv(grad, flipped, tuple((k - 1 - low, k - 1 - high) for k, (low, high) in sides))
 
 
 def _kernel_gradient(x: Array, grad: Array, pads: Pads) -> Array:
-    """Gradient to the kernel of a convolution, as (i, h, w, o): of the maps with their gradients.
+    """The gradient of a convolution to its kernel, as (i, h, w, o): the maps with their gradients.
 
     Channels and batch change places.
     """
@@ -181,9 +198,9 @@ def _kernel_gradient(x: Array, grad: Array, pads: Pads) -> Array:
 def _pooled(
     x: Float[Array, "n h w c"], kernel: Array, pads: Pads, squares: bool
 ) -> Float[Array, "n h2 w2 c2"]:
-    """The largest of each 2x2 square of a convolution, a few images at a time.
+    """The largest of each 2x2 square of a convolution, for a few images at a time.
 
-    Which of the four were largest is kept in a byte, and what they were largest of is not. With
+    The gradient keeps one byte per maximum, which says which of the four were largest. With
     `squares` the kernel is that of a convolution from squares to squares.
     """
     return _pooled_forward(x, kernel, pads, squares)[0]
@@ -208,7 +225,7 @@ def _pooled_backward(pads, squares, saved, grad):
 
     def add(total: Array, images: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         x, where, grad = images
-        # Equal maxima share.
+        # Equal maxima share the gradient.
         share = grad / jax.lax.population_count(where).astype(grad.dtype)
         grad = jnp.concatenate([jnp.where(where & (1 << i), share, 0) for i in range(4)], -1)
         if squares:
@@ -225,10 +242,7 @@ _pooled.defvjp(_pooled_forward, _pooled_backward)
 
 
 def _chunks(x: Array, size: int = 16) -> Array:
-    """(n, ...) to chunks of at most `size`, filled up with zeros: so many images fit the cache.
-
-    On a CPU the gradient of a kernel then takes a third to a tenth of the time.
-    """
+    """(n, ...) to chunks of at most `size` images, which fit the cache; filled up with zeros."""
     count = -(-x.shape[0] // size)
     if missing := -x.shape[0] % count:
         x = jnp.concatenate([x, jnp.zeros((missing, *x.shape[1:]), x.dtype)])
@@ -236,30 +250,24 @@ def _chunks(x: Array, size: int = 16) -> Array:
 
 
 def _joined(chunks: Array, count: int) -> Array:
-    """What `_chunks` cut of so many images."""
+    """The inverse of `_chunks`, for `count` images."""
     return chunks.reshape(-1, *chunks.shape[2:])[:count]
 
 
-def _conv(x: Array, kernel: Array, pads: Pads, stride: int = 1, dilation: int = 1) -> Array:
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        pads,
-        lhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+def _conv(x: Array, kernel: Array, pads: Pads) -> Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=numbers)
 
 
-def _squares(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c4"]:
-    """The four pixels of each 2x2 square one after the other, as channels."""
+def _squares(x: Float[Array, "n h w c"], side: int = 2) -> Float[Array, "n h2 w2 c2"]:
+    """The pixels of each square of `side` x `side` one after the other, as channels."""
     n, h, w, c = x.shape
-    x = x.reshape(n, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, h // 2, w // 2, 4 * c)
+    x = x.reshape(n, h // side, side, w // side, side, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, h // side, w // side, side * side * c)
 
 
 def _pixels(x: Float[Array, "n h w c4"]) -> Float[Array, "n h2 w2 c"]:
-    """The inverse of `_squares`."""
+    """The inverse of `_squares` of side 2."""
     n, h, w, c = x.shape
     x = x.reshape(n, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(n, 2 * h, 2 * w, c // 4)

@@ -25,8 +25,8 @@ from jaxwm.types import (
     WorldModel,
     as_dict,
 )
+from tests.conformance.parallel_core import parallel_core
 from tests.models.rows import moved, two_episodes
-from tests.worlds import parallel_core
 
 T, B, SECOND = 7, 3, 4
 OBS = {"place": Box((3,)), "kind": Discrete(4)}

@@ -1,4 +1,4 @@
-"""Maxima, percentiles and interpolation without the slow loops of XLA on CPUs."""
+"""Order statistics and interpolation without sorting, scattering or slow reductions."""
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +9,15 @@ from jaxwm.types import Array, Float, Int
 
 
 def largest(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
-    """The maximum over the last axis, which stays with size 1.
-
-    Halves are compared as a whole, overlapping by one entry if need be.
-    """
+    """The maximum over the last axis, by comparing halves, which XLA vectorises."""
     while (size := x.shape[-1]) > 32:
-        half = (size + 1) // 2
+        half = (size + 1) // 2  # the halves of an odd size overlap by one
         x = jnp.maximum(x[..., :half], x[..., size - half :])
     return jnp.max(x, -1, keepdims=True)
 
 
 def percentile(x: Float[Array, "..."], *wanted: float) -> Float[Array, " n"]:
-    """Percentiles of all entries, interpolated linearly, without sorting.
-
-    One NaN makes all of them NaN.
-    """
+    """Percentiles of all entries from order statistics that are found without sorting."""
     places = np.asarray(wanted) / 100 * (x.size - 1)
     below = np.floor(places).astype(int)
     lower, upper = _ranked(x.reshape(-1), np.stack([below, np.minimum(below + 1, x.size - 1)]))
@@ -33,18 +27,17 @@ def percentile(x: Float[Array, "..."], *wanted: float) -> Float[Array, " n"]:
 
 
 def _ranked(x: Float[Array, " n"], ranks: np.ndarray) -> Float[Array, "*ranks"]:
-    """The entries at some places of the sorted array.
+    """The numbers at these places of the sorted array.
 
-    Floats become integers of the same order, and each result is found bit by bit, the highest
-    first: a bit is set if no more than `rank` entries are smaller than the number with that bit.
+    Finds each number bit by bit, the highest first, in integers that are ordered like the floats.
     """
     sign = jnp.uint32(1 << 31)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    ordered = jnp.where(bits < sign, bits | sign, ~bits).reshape(*(1,) * ranks.ndim, -1)
+    ordered = jnp.where(bits < sign, bits | sign, ~bits)
 
     def extend(index: Array, found: Array) -> Array:
         longer = found | jnp.right_shift(sign, index.astype(jnp.uint32))
-        smaller = jnp.sum(ordered < longer[..., None], -1)
+        smaller = jnp.sum(ordered[(None,) * found.ndim] < longer[..., None], -1)
         return jnp.where(smaller <= ranks, longer, found)
 
     found = jax.lax.fori_loop(0, 32, extend, jnp.zeros(ranks.shape, jnp.uint32))
