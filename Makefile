@@ -13,11 +13,12 @@ RUN ?= runs/demo
 DEMO ?= train dreamer_v3 --preset cartpole
 TESTS ?= tests
 WORKERS ?= 2
-LONG := tests/test_learning.py tests/test_faults.py tests/test_odd_places.py tests/multi_device
+LEARNING := tests/test_learning.py
+FAULTS := tests/test_faults.py tests/test_odd_places.py tests/multi_device
 RESULTS ?= benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-long lint format notebooks bench faults clean
+.PHONY: help setup setup-dev demo test test-faults test-learning lint format notebooks bench faults clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -30,10 +31,13 @@ demo: $(RUNTIME) ## train DreamerV3 on CartPole into runs/demo (SEED=1: other ra
 	$(PY) -m jaxwm.cli $(DEMO) --run $(RUN) --seed $(SEED)
 
 test: $(DEV) ## run the tests, with the coverage gate
-	$(PY) -m pytest $(TESTS) $(LONG:%=--ignore=%) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov
+	$(PY) -m pytest $(TESTS) $(LEARNING:%=--ignore=%) $(FAULTS:%=--ignore=%) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov
 
-test-long: $(DEV) ## learn the toys to their optimum; train on many fake devices; kill runs, fill disks
-	$(PY) -m pytest $(LONG) -n $(WORKERS) --dist loadgroup
+test-faults: $(DEV) ## kill runs, fill disks, damage checkpoints; several processes, many devices
+	$(PY) -m pytest $(FAULTS) -n $(WORKERS) --dist loadgroup
+
+test-learning: $(DEV) ## learn every toy environment to its optimum (not part of CI)
+	LEARNING_RESULTS=$(RESULTS)/toys.jsonl $(PY) -m pytest $(LEARNING) -n $(WORKERS) --dist loadgroup
 
 lint: $(DEV) ## check style and types
 	$(PY) -m ruff check .

@@ -157,6 +157,14 @@ class BlockLinear(nn.Module):
     def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
         return self.add_bias(self.rows(x, 0))
 
+    def split(self, x: Float[Array, "*lead inputs"], count: int) -> list[Float[Array, "*lead _"]]:
+        """The outputs in `count` parts: part i holds the i-th of equal parts of every block."""
+        # The bias is added to the parts: XLA vectorises that on CPUs, and not a sum that is split.
+        lead, bias = x.shape[:-1], self.bias.astype(self.dtype).reshape(self.blocks, count, -1)
+        flat = self.rows(x, 0).reshape(*lead, self.blocks, count, -1)
+        parts = (part.reshape(*lead, -1) for part in jnp.split(flat, count, -2))
+        return [part + _last(bias[:, i], part) for i, part in enumerate(parts)]
+
     def rows(self, x: Float[Array, "*lead part"], start: int) -> Float[Array, "*lead outputs"]:
         """Each block's slice of `x`, times as many rows of its kernel from `start`; no bias."""
         kernel = self.kernel[:, start : start + x.shape[-1] // self.blocks]

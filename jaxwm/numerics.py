@@ -5,15 +5,14 @@ move by a hundredth per update. Statistics are NamedTuple states: an `_init`, an
 that mixes in one batch, and a `_scale` that reads the state.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Num, Shaped
 
+from jaxwm import backend
 from jaxwm.types import ALONE, JaxwmError, PyTree, Shards
 
 # A number of a configuration; traced, where a sweep gives each member its own.
@@ -107,7 +106,7 @@ def twohot(value: Num[Array, "*batch"], bins: Float[Array, " n"]) -> Float[Array
 
     Source: "Critic learning" in DreamerV3 (arXiv:2301.04104).
     """
-    return _spread(*_between(value, bins), bins.shape[-1])
+    return backend.plain.interpolation_weights(*_between(value, bins), bins.shape[-1])
 
 
 def twohot_dot(
@@ -120,7 +119,7 @@ def twohot_dot(
       value: see `twohot`.
       bins: see `twohot`.
     """
-    return _mixed(logits, *_between(value, bins), bins.shape[-1])
+    return backend.interpolate(logits, *_between(value, bins))
 
 
 def _between(value: Array, bins: Array) -> tuple[Array, Array]:
@@ -133,46 +132,21 @@ def _between(value: Array, bins: Array) -> tuple[Array, Array]:
     return below, (jnp.clip(value, bins[0], bins[last]) - lower) / (upper - lower)
 
 
-def _spread(below: Array, share: Array, size: int) -> Array:
-    offset = jnp.arange(size).reshape((1,) * below.ndim + (-1,)) - below[..., None]
-    share = share[..., None]
-    # The last factor is there for NaN alone.
-    return jnp.where(offset == 0, 1 - share, jnp.where(offset == 1, share, 0 * share))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _mixed(x: Array, below: Array, share: Array, size: int) -> Array:
-    """What lies between the numbers `below` and the next of `size`, by the share of the next."""
-    lower, upper = (jnp.take_along_axis(x, i[..., None], -1)[..., 0] for i in (below, below + 1))
-    return (1 - share) * lower + share * upper
-
-
-_mixed.defvjp(
-    lambda x, below, share, size: (_mixed(x, below, share, size), (below, share)),
-    lambda size, saved, grad: (grad[..., None] * _spread(saved[0], saved[1], size), None, None),
-)
-
-
 def softmax(logits: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     """Probabilities proportional to `exp(logits)`."""
-    weights = jnp.exp(logits - _peak(logits))
+    weights = jnp.exp(logits - _constant_peak(logits))
     return weights / jnp.sum(weights, -1, keepdims=True)
 
 
 def logsumexp(logits: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
     """`log(sum(exp(logits)))` over the last axis, which must be finite."""
-    peak = _peak(logits)
+    peak = _constant_peak(logits)
     return jnp.log(jnp.sum(jnp.exp(logits - peak), -1)) + peak[..., 0]
 
 
-def _peak(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
-    """The largest number of the last axis, as a constant."""
-    x = jax.lax.stop_gradient(x)
-    # A CPU compares whole halves, overlapping by one if need be, ten times as fast.
-    while jax.default_backend() == "cpu" and (size := x.shape[-1]) > 32:
-        half = (size + 1) // 2
-        x = jnp.maximum(x[..., :half], x[..., size - half :])
-    return jnp.max(x, -1, keepdims=True)
+def _constant_peak(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
+    """The largest number of the last axis, without a gradient."""
+    return backend.largest(jax.lax.stop_gradient(x))
 
 
 def twohot_mean(
@@ -327,45 +301,8 @@ def percentiles_update(
     Source: "Actor learning" in DreamerV3 (arXiv:2301.04104).
     """
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
-    lo, hi = percentile(x, low, high)
+    lo, hi = backend.percentile(x, low, high)
     return moving_average(state, Percentiles(lo, hi), rate)
-
-
-def percentile(x: Float[Array, "..."], *wanted: float) -> Float[Array, " n"]:
-    """`jnp.percentile` of all entries, which a CPU finds without sorting, in a seventh of the time.
-
-    Args:
-      x: float32 numbers; one NaN makes all results NaN.
-      wanted: percentiles, 0..100; between two entries they interpolate linearly.
-    """
-    if jax.default_backend() != "cpu":
-        return jnp.percentile(x, jnp.asarray(wanted))
-    places = np.asarray(wanted) / 100 * (x.size - 1)
-    below = np.floor(places).astype(int)
-    ranks = np.stack([below, np.minimum(below + 1, x.size - 1)])
-    lower, upper = _ranked(x.reshape(-1), ranks)
-    share = jnp.asarray(places - below, jnp.float32)
-    mixed = lower * (1 - share) + upper * share
-    return jnp.where(jnp.isnan(x).any(), jnp.nan, mixed)
-
-
-def _ranked(x: Float[Array, " n"], ranks: np.ndarray) -> Float[Array, "*ranks"]:
-    """The numbers that have so many smaller ones, or equal ones before them, when sorted.
-
-    As integers whose order is theirs, they are found bit by bit, the highest first.
-    """
-    sign = jnp.uint32(1 << 31)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    ordered = jnp.where(bits < sign, bits | sign, ~bits)
-
-    def extend(index: Array, found: Array) -> Array:
-        longer = found | jnp.right_shift(sign, index.astype(jnp.uint32))
-        smaller = jnp.sum(prepend_axes(ordered, found.ndim + 1) < longer[..., None], -1)
-        return jnp.where(smaller <= ranks, longer, found)
-
-    found = jax.lax.fori_loop(0, 32, extend, jnp.zeros(ranks.shape, jnp.uint32))
-    bits = jnp.where(found < sign, ~found, found ^ sign)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def percentiles_scale(state: Percentiles, limit: float = 1.0) -> Float[Array, ""]:

@@ -506,7 +506,7 @@ def scale_by_adam_tf(
 
 def clipped_adam(
     clip: Scalar = 0.5,
-    eps: float = 1e-5,
+    eps: Scalar = 1e-5,
     square_sums: Callable[[Params], Params] = square_sums,
 ) -> optax.GradientTransformation:
     """Clipping by the global norm and the textbook's Adam (arXiv:1412.6980), without a step size.

@@ -1,8 +1,8 @@
 """A trained agent to act with on numpy arrays, outside of any compiled program.
 
-    policy = jaxwm.load("runs/demo")
-    action, state = policy.act(obs)           # starts an episode
-    action, state = policy.act(obs, state)    # continues it
+policy = jaxwm.load("runs/demo")
+action, state = policy.act(obs)           # starts an episode
+action, state = policy.act(obs, state)    # continues it
 """
 
 from pathlib import Path

@@ -138,15 +138,14 @@ def generalized_advantage(
 
         A_t = r_{t+1} + d_{t+1} * v_{t+1} - v_t + discount * l_{t+1} * A_{t+1}.
 
-    At an episode cut short the value of its last row stands for the unseen rest. The step from
-    the last row of an episode to the first row of the next one is none that the agent chose: its
-    advantage and its weight are 0, and nothing flows across it. The target of the critic is
-    `advantage + value[:-1]`.
+    An episode cut short bootstraps from the value of its last row. No action caused the step from
+    the last row of an episode to the first row of the next one: its advantage and its weight are
+    0, and nothing flows across it. The target of the critic is `advantage + value[:-1]`.
 
     Args:
       reward: reward received on arriving in each row, in environment units.
-      is_first: rows that begin an episode. The row before one ends an episode, whether it says
-        so or not: an abandoned episode is one cut short.
+      is_first: rows that begin an episode. The row before one counts as last even if `is_last`
+        is False, which cuts abandoned episodes short.
       is_last: rows that end an episode.
       is_terminal: rows without a future.
       value: value estimates of all rows, in the units of `reward`.

@@ -20,7 +20,7 @@ from jaxwm.agent import Draws, weighted_sum
 from jaxwm.behaviors import actor_critic
 from jaxwm.behaviors.actor_critic import ActorCriticConfig, State, dream_targets
 from jaxwm.models import rssm
-from jaxwm.models.encoders import CodecConfig, Encoder, concat_entries, concat_size
+from jaxwm.models.encoders import CodecConfig, Encoder, concat_entries, concat_size, decoder
 from jaxwm.models.gru import BlockGRUConfig
 from jaxwm.models.heads import Style, head, posterior
 from jaxwm.models.imagine import dreamer
@@ -300,8 +300,7 @@ def recompute(case: Case) -> dict[str, np.ndarray]:
             put(f"dec/{key}/pred", heads[key].pred)
         else:
             put(f"dec/{key}/logprob", heads[key].logprobs)
-            name = f"out/dec/{key}/logits"
-            put(f"dec/{key}/logits", _unnormalise(case, name, heads[key].logprobs))
+            put(f"dec/{key}/logits", decoded(case, latents)[key])
     put("rew/logits", heads["reward"].logits)
     put("rew/pred", heads["reward"].mean())
     put("con/logit", heads["continue"].logit)
@@ -392,6 +391,16 @@ def recompute(case: Case) -> dict[str, np.ndarray]:
     put("repl/val", case.critic.apply(params["behavior"]["value"], feat).mean())
     put("repl/slowval", case.critic.apply(case.slow, feat).mean())
     return out
+
+
+def decoded(case: Case, latents: Any) -> dict[str, Any]:
+    """Raw outputs of the decoder, time before batch."""
+    sizes = case.deter, latents.shape[-1] - case.deter
+    net = decoder(case.config.model.codec, case.obs_space, *sizes)
+    flat = latents.reshape(-1, latents.shape[-1])
+    deter, stoch = jnp.split(flat, [case.deter], -1)
+    raw = jax.jit(net.apply)(case.params["model"]["decoder"], deter, stoch)
+    return {key: x.reshape(*latents.shape[:-1], *x.shape[1:]) for key, x in raw.items()}
 
 
 def tokens(case: Case) -> np.ndarray:

@@ -208,7 +208,9 @@ def init(arrays: Arrays) -> None:
         params = jax.vmap(lambda key, module=module, x=x: module.init(key, x)["params"])(keys)
         kernels = np.asarray(params["kernel"], np.float64)
         assert kernels.shape == (len(keys), *shape)
-        close(f"init/{which}/bias", jnp.abs(params["bias"]).max(), np.zeros(()))
+        close(
+            f"init/{which}/bias", jnp.abs(params["bias"]).max(), arrays[f"init/{which}/bias_absmax"]
+        )
         # Five standard errors: of a mean, std / sqrt(count), of a std, that over sqrt(2).
         error = 5 * std / np.sqrt(count)
         assert abs(kernels.mean() - mean) <= 2 * error, which

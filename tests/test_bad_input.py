@@ -3,16 +3,15 @@
 import jax
 import pytest
 
-from jaxwm import cli, compiler, envs
-from jaxwm.agent import AgentConfig, LossWeights
+from jaxwm import backend, cli, envs
 from jaxwm.behaviors.actor_critic import ActorCriticConfig
 from jaxwm.models.encoders import CodecConfig
 from jaxwm.models.gru import BlockGRUConfig
 from jaxwm.models.latents import LatentConfig
-from jaxwm.models.world_model import WorldModelConfig
 from jaxwm.optim import OptimConfig
 from jaxwm.recipes import RunConfig
-from jaxwm.replay.device import ReplayConfig
+from jaxwm.recipes.dreamer_v3 import Config, LossWeights, ModelConfig
+from jaxwm.replay.config import ReplayConfig
 from jaxwm.types import Box, Discrete, Env, JaxwmError, first, transition, zeros
 
 TRAIN = "train dreamer_v3 --env toy/Memory --size debug"
@@ -22,7 +21,7 @@ TRAIN = "train dreamer_v3 --env toy/Memory --size debug"
 def told(monkeypatch, capsys, tmp_path):
     """`told(command)`: the paragraph on standard error, after which nothing was compiled."""
 
-    compiler.options()  # compiles its probes, once for each process
+    backend.jit(lambda x: x)  # compiles the probes of options, once for each process
 
     def compile(*args, **options):
         pytest.fail("something was compiled")
@@ -44,7 +43,7 @@ def told(monkeypatch, capsys, tmp_path):
     ("command", "words"),
     [
         ("trian dreamer_v3", "no command called 'trian'. Did you mean train?"),
-        ("train dreamer_v2", "no recipe called 'dreamer_v2'. Did you mean dreamer_v3?"),
+        ("train dreamer_v9", "no recipe called 'dreamer_v9'. Did you mean dreamer_v3"),
         ("train dreamer_v3", "give --env NAME (`jaxwm envs` lists them) or --preset NAME"),
         ("train dreamer_v3 --preset cartpol", "called 'cartpol'. Did you mean cartpole"),
         ("train dreamer_v3 --env toy/Memry --size debug", "'Memry'. Did you mean Memory"),
@@ -60,7 +59,8 @@ def told(monkeypatch, capsys, tmp_path):
         (f"{TRAIN} --agent.slow-rate x", "--agent.slow-rate should be a number, not 'x'."),
         (f"{TRAIN} --steps", "Missing value for argument '--steps'"),
         (f"{TRAIN} --agent.dtype float16", "Expected one of ('auto', 'float32', 'bfloat16')"),
-        (f"{TRAIN} --recipe other", "The recipe is dreamer_v3; --recipe other contradicts it"),
+        (f"{TRAIN} --recipe other", "There is no recipe called 'other'"),
+        (f"{TRAIN} --recipe ppo", "agent of the recipe ppo is configured by a jaxwm.recipes.ppo."),
         (f"{TRAIN} --steps -5", "steps is -5; it must be at least 1."),
         (f"{TRAIN} --envs 0", "envs is 0; it must be at least 1."),
         (f"{TRAIN} --seed -1", "seed is -1; it must not be negative."),
@@ -155,12 +155,16 @@ def test_spaces_that_the_recipe_cannot_take(told, monkeypatch, obs_space, action
     assert words in told(TRAIN)
 
 
+def run_config(**entries) -> RunConfig:
+    return RunConfig("x", "dreamer_v3", agent=Config(), **entries)
+
+
 @pytest.mark.parametrize(
     ("config", "entries", "words"),
     [
-        (RunConfig, {"env": "x", "seeds": 0}, "seeds is 0; it must be at least 1"),
-        (RunConfig, {"env": "x", "save_every": 0}, "save_every is 0"),
-        (RunConfig, {"env": "x", "eval_episodes": -1}, "eval_episodes is -1"),
+        (run_config, {"seeds": 0}, "seeds is 0; it must be at least 1"),
+        (run_config, {"save_every": 0}, "save_every is 0"),
+        (run_config, {"eval_episodes": -1}, "eval_episodes is -1"),
         (ReplayConfig, {"train_ratio": -1.0}, "train_ratio is -1.0; it must be positive"),
         (BlockGRUConfig, {"hidden": 0}, "hidden=0"),
         (BlockGRUConfig, {"deter": 100, "blocks": 3}, "blocks must divide deter"),
@@ -174,10 +178,10 @@ def test_spaces_that_the_recipe_cannot_take(told, monkeypatch, obs_space, action
         (CodecConfig, {"mults": ()}, "mults"),
         (CodecConfig, {"mults": (1, 0)}, "mults"),
         (CodecConfig, {"blocks": 0}, "blocks is 0"),
-        (WorldModelConfig, {"core": BlockGRUConfig(12, 1, 3)}, "must divide the deterministic"),
-        (WorldModelConfig, {"units": 0}, "units is 0"),
-        (WorldModelConfig, {"bins": 2}, "bins is 2"),
-        (WorldModelConfig, {"horizon": 0}, "horizon is 0"),
+        (ModelConfig, {"core": BlockGRUConfig(12, 1, 3)}, "must divide the deterministic"),
+        (ModelConfig, {"units": 0}, "units is 0"),
+        (ModelConfig, {"bins": 2}, "bins is 2"),
+        (ModelConfig, {"horizon": 0}, "horizon is 0"),
         (ActorCriticConfig, {"units": 0}, "units is 0"),
         (ActorCriticConfig, {"layers": 0}, "layers is 0"),
         (ActorCriticConfig, {"bins": 1}, "bins is 1"),
@@ -187,7 +191,7 @@ def test_spaces_that_the_recipe_cannot_take(told, monkeypatch, obs_space, action
         (ActorCriticConfig, {"unimix": -0.1}, "unimix is -0.1"),
         (ActorCriticConfig, {"entropy": -1.0}, "entropy is -1.0"),
         (ActorCriticConfig, {"return_rate": 0.0}, "return_rate is 0.0"),
-        (AgentConfig, {"slow_rate": 2.0}, "slow_rate is 2.0"),
+        (Config, {"slow_rate": 2.0}, "slow_rate is 2.0"),
         (LossWeights, {"rep": -0.1}, "rep is -0.1"),
         (OptimConfig, {"learning_rate": -1e-3}, "learning_rate is -0.001"),
         (OptimConfig, {"learning_rate": float("nan")}, "learning_rate is nan"),

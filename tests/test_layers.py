@@ -1,7 +1,8 @@
-"""Imports point down, each outside package has one home, and importing jaxwm is light."""
+"""The house: imports point down, outside packages have one home, functions are short."""
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 from typing import NamedTuple
@@ -11,33 +12,23 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxwm"
 
 FLOORS = [
-    {
-        "spaces",
-        "types",
-        "numerics",
-        "config",
-        "backend",
-        "compiler",
-        "products",
-        "convolutions",
-        "heap",
-    },
-    {"returns", "dists", "nets", "nets_before", "optim", "replay"},
+    {"spaces", "types", "numerics", "config", "backend"},
+    {"returns", "dists", "nets", "optim", "replay"},
     {"envs", "models", "behaviors"},
     {"agent"},
     {"recipes"},
     {"train"},
-    {"run", "evaluate", "view", "policy", "cli", "__init__", "__main__"},
+    {"run", "evaluate", "view", "policy", "zoo", "cli", "__init__", "__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS, start=1) for name in names}
 STRANGERS = {"envs", "models", "behaviors"}
 
 # Outside package: the files or folders of jaxwm that may import it.
 HOMES = {
-    "flax": ("nets", "nets_before", "models"),
+    "flax": ("nets", "models"),
     "distrax": ("dists",),
     "optax": ("optim",),
-    "orbax": ("run.checkpoint",),
+    "orbax": ("run.checkpoint", "run.saver"),
     "safetensors": ("run.weights",),
     "matplotlib": ("view",),
     "tensorboardX": ("run.log",),
@@ -153,6 +144,39 @@ def test_an_import_in_the_wrong_place_is_told(module, source, words):
 )
 def test_an_import_in_its_place_is_silent(module, source):
     assert offences(imports_of(module, source)) == []
+
+
+# What only `backend` may ask or do. `.platform` says whether devices share one memory in `mesh`.
+DEVICE_WORDS = re.compile(r"default_backend|\.platform\b|custom_vjp|optimization_barrier")
+PLACES_ARRAYS = {"train/mesh.py": {".platform"}}
+
+
+def test_only_the_backend_asks_what_the_device_is():
+    told = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        words = set(DEVICE_WORDS.findall(path.read_text("utf-8")))
+        if not name.startswith("backend/") and words - PLACES_ARRAYS.get(name, set()):
+            told.append(f"{name}: {words}")
+    assert not told, "\n".join(told)
+
+
+def test_functions_are_short():
+    """No function has more than 120 lines, and nine in ten have at most 35."""
+    lengths = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                lengths[f"{path.name}:{node.lineno} {node.name}"] = length
+    assert len(lengths) > 1000
+    assert {name: x for name, x in lengths.items() if x > 120} == {}
+    assert sum(x <= 35 for x in lengths.values()) >= 0.9 * len(lengths)
+
+
+def test_few_rooms_lie_at_the_top():
+    rooms = [x for x in PACKAGE.iterdir() if x.suffix == ".py" or (x / "__init__.py").exists()]
+    assert len(rooms) <= 22, sorted(x.name for x in rooms)
 
 
 def modules_after(*arguments: str) -> set[str]:

@@ -16,7 +16,6 @@ import pytest
 from nbclient import NotebookClient
 
 from jaxwm import cli, envs
-from jaxwm.agent import make_agent
 from jaxwm.recipes import dreamer_v3
 
 pytestmark = pytest.mark.no_cover
@@ -102,7 +101,7 @@ def test_commands_are_understood(monkeypatch, capsys, tmp_path):
         started.append(args)
         return np.ones((1, 1))
 
-    works = ("run.run", "run.resume", "run.evaluate_run", "weights.export")
+    works = ("run.loop.run", "run.loop.resume", "evaluate.final.evaluate_run", "run.weights.export")
     for name in works:
         monkeypatch.setattr(f"jaxwm.{name}", start)
     monkeypatch.setattr("jaxwm.run.checkpoint.overview", lambda run: start(run).tolist()[1:])
@@ -152,7 +151,7 @@ def test_the_table_of_sizes_is_that_of_the_code():
     assert list(told) == ["debug", "nano", *dreamer_v3.DETER]
     worlds = [envs.make(name) for name in ("gymnax/CartPole-v1", "toy/Pixels")]
     for size, (deter, units, latent, depth, *counts) in told.items():
-        config = dreamer_v3.agent(size)
+        config = dreamer_v3.sized(size)
         model = config.model
         assert (int(deter), int(units)) == (model.core.deter, model.units)
         assert latent == f"{model.latent.stoch} x {model.latent.classes}"
@@ -160,7 +159,7 @@ def test_the_table_of_sizes_is_that_of_the_code():
         # Shapes alone take a second for each agent, so that two sizes have to do.
         for world, count in zip(worlds, counts, strict=True):
             if size in ("nano", "size200m"):
-                agent = make_agent(config, world.obs_space, world.action_space)
+                agent = dreamer_v3.agent(config, world.obs_space, world.action_space)
                 params = jax.eval_shape(agent.init, jax.random.key(0)).params
                 assert f"{sum(math.prod(x.shape) for x in jax.tree.leaves(params)):,}" == count
 

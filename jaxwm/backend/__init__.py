@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jaxwm.backend import cpu, plain
-from jaxwm.types import Array, Float, JaxwmError
+from jaxwm.types import Array, Float, Int, JaxwmError
 
 VARIABLE = "JAXWM_BACKEND"
 
@@ -33,6 +33,11 @@ def current() -> ModuleType:
             "operations, or unset it for the fastest ones of the device."
         )
     return plain if wanted or jax.default_backend() != "cpu" else cpu
+
+
+def kind() -> str:
+    """The kind of device that programs run on: "cpu", "gpu" or "tpu"."""
+    return jax.default_backend()
 
 
 def jit(function: Callable[..., Any], **settings: Any) -> Any:
@@ -150,3 +155,13 @@ def percentile(x: Float[Array, "..."], *wanted: float) -> Float[Array, " n"]:
 def largest(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
     """The maximum over the last axis, which stays with size 1."""
     return current().largest(x)
+
+
+def interpolate(
+    x: Float[Array, "*batch n"], below: Int[Array, "*batch"], share: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """`(1 - share) * x[below] + share * x[below + 1]` along the last axis.
+
+    Gradients flow to `x` only.
+    """
+    return current().interpolate(x, below, jax.lax.stop_gradient(share))

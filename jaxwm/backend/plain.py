@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxwm.types import Array, Float
+from jaxwm.types import Array, Float, Int
 
 
 def product(
@@ -121,3 +121,19 @@ def percentile(x: Float[Array, "..."], *wanted: float) -> Float[Array, " n"]:
 def largest(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
     """The maximum over the last axis, which stays with size 1."""
     return jnp.max(x, -1, keepdims=True)
+
+
+def interpolate(
+    x: Float[Array, "*batch n"], below: Int[Array, "*batch"], share: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """`(1 - share) * x[below] + share * x[below + 1]` along the last axis."""
+    return jnp.sum(interpolation_weights(below, share, x.shape[-1]) * x, -1)
+
+
+def interpolation_weights(
+    below: Int[Array, "*batch"], share: Float[Array, "*batch"], size: int
+) -> Float[Array, "*batch n"]:
+    """`1 - share` at place `below`, `share` at the next one, and 0 elsewhere; NaN stays NaN."""
+    offset = jnp.arange(size).reshape((1,) * below.ndim + (-1,)) - below[..., None]
+    share = share[..., None]
+    return jnp.where(offset == 0, 1 - share, jnp.where(offset == 1, share, 0 * share))

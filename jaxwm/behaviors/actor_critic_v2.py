@@ -60,8 +60,6 @@ from jaxwm.types import (
 
 sg = jax.lax.stop_gradient
 
-GRADIENTS = ("dynamics", "reinforce", "both")
-
 
 @dataclasses.dataclass(frozen=True)
 class ActorCriticV2Config:
@@ -148,6 +146,14 @@ def weights_of(discount: Array) -> Array:
     return sg(jnp.cumprod(jnp.concatenate([jnp.ones_like(discount[:1]), discount[:-1]]), 0))
 
 
+def gradient_of(config: ActorCriticV2Config, action_space: ActionSpace) -> str:
+    """What the policy learns from: "dynamics", "reinforce" or "both"."""
+    if config.gradient != "auto":
+        return config.gradient
+    spaces = as_dict(action_space).values()
+    return "reinforce" if all(isinstance(space, Discrete) for space in spaces) else "dynamics"
+
+
 @dataclasses.dataclass(frozen=True)
 class ActorCriticV2:
     """The imagined actor-critic; its methods are the functions of `types.Behavior`."""
@@ -202,7 +208,7 @@ class ActorCriticV2:
     def choose(self, plan: Plan, draws: ActDraws, mode: Mode) -> dict[str, Array]:
         """The action of every key, from the policy's distributions."""
         if mode == "greedy":
-            return {name: dist.mode() for name, dist in plan.items()}
+            return policies.mode(plan)
         action = policies.sample(plan, draws.action)
         if mode == "sample":
             return action
@@ -243,11 +249,8 @@ class ActorCriticV2:
 
     @property
     def gradient(self) -> str:
-        """What the policy learns from: "dynamics", "reinforce" or "both"."""
-        if self.config.gradient != "auto":
-            return self.config.gradient
-        spaces = as_dict(self.action_space).values()
-        return "reinforce" if all(isinstance(x, Discrete) for x in spaces) else "dynamics"
+        """See `gradient_of`."""
+        return gradient_of(self.config, self.action_space)
 
     def dream(self, params: Params, dreamer: Dreamer, start: Start, draws: Draws) -> Imagined:
         """Dreams from replayed rows. The policy's inputs are constants."""

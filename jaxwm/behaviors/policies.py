@@ -1,9 +1,10 @@
 """Policies of imagined actor-critics: a network with a distribution for every action.
 
-In a dream an action is a sample of its distribution, through which gradients can flow: a choice is
-a one-hot vector. `for_env` turns such vectors into the indices that environments take.
+In a dream an action is a sample of its distribution. Where gradients should flow through it, a
+choice is a one-hot vector; `for_env` turns such vectors into the indices that environments take.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -38,14 +39,16 @@ def policy(
     net: Callable[[dict[str, int]], nets.Heads],
     numbers: Callable[[Array, Array, int], Any],
     noise: Callable[[Key, tuple[int, ...]], Array],
+    choices: Callable[[Array, Any, int], Any] = dists.OneHotAction,
 ) -> Policy:
-    """A policy with one-hot choices, and a distribution of the paper at hand for numbers.
+    """A policy with the distributions of the paper at hand.
 
     Args:
       action_space: one space, or a space per key.
       net: the network, from the sizes of its outputs by name.
       numbers: the distribution of a box: `mean part, std part (..., *shape), event axes -> dist`.
       noise: draws for its `sample_noise`, such as `jax.random.normal`.
+      choices: the distribution of a choice: `logits (..., *shape, K), mask, event axes -> dist`.
 
     Raises:
       JaxwmError: if an action space is neither discrete nor a box of numbers, or two outputs of the
@@ -70,7 +73,7 @@ def policy(
             lead, rank = feat.shape[:-1], len(space.shape)
             if isinstance(space, Discrete):
                 logits = out[name].reshape(*lead, *space.shape, space.width)
-                plan[name] = dists.OneHotAction(logits, space.mask(), rank)
+                plan[name] = choices(logits, space.mask(), rank)
             else:
                 mean, std = out[f"{name}_mean"], out[f"{name}_std"]
                 shape = (*lead, *space.shape)
@@ -78,13 +81,14 @@ def policy(
         return plan
 
     def draws(key: Key, lead: tuple[int, ...]) -> dict[str, Array]:
-        keys = jax.random.split(key, len(spaces))
-        return {
-            name: jax.random.gumbel(k, (*lead, *space.shape, space.width))
-            if isinstance(space, Discrete)
-            else noise(k, (*lead, *space.shape))
-            for k, (name, space) in zip(keys, sorted(spaces.items()), strict=True)
-        }
+        found = {}
+        for index, (name, space) in enumerate(sorted(spaces.items())):
+            key_name = jax.random.fold_in(key, index)
+            if isinstance(space, Discrete):
+                found[name] = jax.random.gumbel(key_name, (*lead, *space.shape, space.width))
+            else:
+                found[name] = noise(key_name, (*lead, *space.shape))
+        return found
 
     def init(key: Key) -> Params:
         return module.init(key, jnp.zeros((1, module.inputs)))["params"]
@@ -109,21 +113,34 @@ def sample(plan: Plan, draws: Mapping[str, Array]) -> dict[str, Array]:
     return {name: dist.sample_noise(draws[name]) for name, dist in plan.items()}
 
 
+def mode(plan: Plan) -> dict[str, Array]:
+    """What the policy prefers to do, for every key."""
+    return {name: dist.mode() for name, dist in plan.items()}
+
+
 def log_prob(plan: Plan, action: Mapping[str, Array]) -> Array:
     """The log-density of all actions together."""
-    return jnp.sum(jnp.stack([dist.log_prob(action[name]) for name, dist in plan.items()]), 0)
+    return _total([dist.log_prob(action[name]) for name, dist in plan.items()])
 
 
 def entropy(plan: Plan) -> Array:
     """The entropy of all actions together, in nats."""
-    return jnp.sum(jnp.stack([dist.entropy() for dist in plan.values()]), 0)
+    return _total([dist.entropy() for dist in plan.values()])
+
+
+def _total(terms: list[Array]) -> Array:
+    return functools.reduce(jnp.add, terms)
 
 
 def for_env(action_space: ActionSpace, action: Mapping[str, Array]) -> Action:
     """Sampled actions as environments take them: choices as indices, a single action bare."""
     spaces = as_dict(action_space)
     chosen = {
-        name: jnp.argmax(x, -1).astype(jnp.int32) if isinstance(spaces[name], Discrete) else x
+        name: jnp.argmax(x, -1).astype(jnp.int32) if _is_one_hot(spaces[name], x) else x
         for name, x in action.items()
     }
     return chosen if isinstance(action_space, Mapping) else chosen["action"]
+
+
+def _is_one_hot(space: Any, x: Array) -> bool:
+    return isinstance(space, Discrete) and jnp.issubdtype(x.dtype, jnp.floating)

@@ -1,20 +1,20 @@
 """Proximal policy optimisation (arXiv:1707.06347): an agent that learns without a world model.
 
 An update reads the newest rows 0..T of every environment, in order. The action taken at row t
-stands in row t + 1; the memo of row t holds the log-probability of that action and the value of
-row t, both as they were when the agent acted. So N = T * B actions are trained on: advantages and
-targets are computed once, then every epoch goes through all of them in shuffled minibatches.
-Where an episode ends, the step to the first row of the next one is none that the agent chose: it
-has the weight 0 and changes nothing.
+stands in row t + 1. The memo of row t holds the log-probability of that action and the value of
+row t, both from the time of acting. The update thus trains on N = T * B actions: it computes
+advantages and targets once, then goes through all actions in shuffled minibatches, once per epoch.
+The step from the last row of an episode to the first row of the next one has weight 0 and changes
+nothing, because no action caused it.
 
 Differences from the public implementations (vwxyzjn/cleanrl, luchris429/purejaxrl):
 
-- The final observation of an episode is known, so that an episode cut short bootstraps from its
-  value; `truncation="terminal"` treats it like a terminal one, as those codes do.
-- The last row of a window is acted on before the update and is row 0 of the next window. One
-  action in T is therefore one update older than the rest; its ratio accounts for that.
-- Observations are normalised by the statistics of all windows before the present one. Acting and
-  learning thus use the same statistics, and the first ratio is 1.
+- Rows include the final observation of an episode, so an episode cut short bootstraps from its
+  value. `truncation="terminal"` treats it like a terminal one, as those codes do.
+- The agent acts on the last row of a window before the update, and that row is row 0 of the next
+  window. One action in T thus comes from the policy before the update; its ratio accounts for that.
+- The statistics that normalise observations change after an update, not with every step. Acting
+  and learning thus use the same statistics, and the first ratio is 1.
 """
 
 import dataclasses
@@ -71,18 +71,18 @@ class PPOConfig:
       heads: the actor and the critic.
       epochs: passes through the rows of an update.
       minibatches: gradient steps of each pass.
-      discount: discount per row.
-      lambda_: mixing weight of the generalised advantage.
-      clip: largest change of the probability ratio that the policy gains from.
-      value_clip: largest change of the value that the critic gains from; 0 for no limit.
+      discount: discount per row, in [0, 1].
+      lambda_: mixing weight of the generalised advantage, in [0, 1].
+      clip: change of the probability ratio beyond which the policy gains nothing more.
+      value_clip: change of the value beyond which the critic gains nothing more; 0 for no limit.
       value: weight of the critic's loss.
       entropy: weight of the policy's entropy.
-      normalize_advantage: in each minibatch, by the "population" standard deviation, by that of a
-        "sample" (n - 1), or "none".
-      truncation: whether an episode cut short bootstraps from the value of its last row, or ends
-        there like a "terminal" one.
-      normalize_obs: whether observed numbers are normalised by their running mean and variance.
-      normalize_reward: whether rewards are divided by the running standard deviation of the
+      normalize_advantage: whether each minibatch divides its advantages by their "population" or
+        their "sample" (n - 1) standard deviation, or leaves them alone ("none").
+      truncation: "bootstrap" adds the value of its last row to an episode cut short; "terminal"
+        treats it like one that ended.
+      normalize_obs: whether to normalise observed numbers by their running mean and variance.
+      normalize_reward: whether to divide rewards by the running standard deviation of the
         discounted sum of past rewards.
       learning_rate: step size of Adam. Schedules count updates, not minibatches.
       max_grad_norm: largest norm of the gradient over all parameters; 0 for no limit.
@@ -125,7 +125,7 @@ class Numbers(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """N actions to learn from. `log_prob` and `value` are those of the time of acting."""
+    """N actions to learn from; `log_prob` and `value` come from the time of acting."""
 
     obs: dict[str, Array]
     action: Action
@@ -137,7 +137,7 @@ class Batch(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """What an agent has learned that acting does not need."""
+    """The part of the agent's state that acting does not need."""
 
     opt: Any
     updates: Array
@@ -187,14 +187,14 @@ def clipped_losses(
       log_prob: of the actions, under the present policy.
       value: present values of the rows where they were taken.
       advantage: advantages A, normalised or not.
-      batch: what was recorded; actions of weight 0 have the ratio 1.
+      batch: the recorded actions; those of weight 0 get the ratio 1.
       clip: see `PPOConfig`.
       value_clip: see `PPOConfig`.
 
     Returns:
-      "policy" and "value"; "ratio"; and three measures of how far the policy has moved: "kl" and
-      "kl_old", two estimates of the divergence from the policy that acted, `ratio - 1 - log ratio`
-      and `-log ratio`, and "clipped", whether the ratio is outside of its limits.
+      "policy" and "value"; "ratio"; and three measures of how far the policy has moved: "kl"
+      (`ratio - 1 - log ratio`) and "kl_old" (`-log ratio`) estimate the divergence from the policy
+      that acted, "clipped" is 1 where the ratio is outside its limits.
     """
     log_ratio = jnp.where(batch.weight > 0, log_prob - batch.log_prob, 0.0)
     ratio = jnp.exp(log_ratio)
@@ -282,7 +282,7 @@ def batch_of(config: PPOConfig, window: Window, rewards: Running | tuple[()] = (
     Args:
       config: for the discount, lambda and truncation.
       window: rows 0..T and their memos.
-      rewards: statistics of discounted sums, by whose deviation rewards are divided.
+      rewards: statistics of discounted sums; rewards are divided by their standard deviation.
 
     Returns:
       N = T * B actions, time-major.
@@ -312,7 +312,7 @@ def batch_of(config: PPOConfig, window: Window, rewards: Running | tuple[()] = (
 def _epochs(
     config: PPOConfig, learn: Callable[..., Any], learner: Any, batch: Batch, key: Key
 ) -> tuple[Params, Any, Metrics]:
-    """All gradient steps of an update; metrics are means over them."""
+    """Makes all gradient steps of an update, and averages their metrics."""
     rows, parts = batch.weight.shape[0], config.minibatches
     require(
         parts <= rows,
@@ -320,12 +320,11 @@ def _epochs(
         "minibatches, or learn from more rows with --envs or --replay.batch-length.",
     )
     size = -(-rows // parts)
-    # Where the parts cannot be equal, rows that are not there fill them up.
-    filling = size * parts - rows
+    padding = size * parts - rows  # makes the last minibatch as large as the others
 
     def epoch(learner: Any, index: Array) -> tuple[Any, Metrics]:
         order = jax.random.permutation(jax.random.fold_in(key, index), rows)
-        order = jnp.pad(order, (0, filling)).reshape(parts, size)
+        order = jnp.pad(order, (0, padding)).reshape(parts, size)
         there = (jnp.arange(size * parts) < rows).reshape(parts, size)
         return jax.lax.scan(lambda learner, part: learn(learner, *part), learner, (order, there))
 
@@ -334,7 +333,7 @@ def _epochs(
 
 
 def numbers_at(config: PPOConfig, updates: Array | int) -> Numbers:
-    """The numbers that may be schedules, after so many updates."""
+    """The numbers that may be schedules, after the given number of updates."""
     return Numbers(*(value_at(getattr(config, name), updates) for name in Numbers._fields))
 
 
@@ -354,7 +353,7 @@ def objective(
       params: their parameters.
       batch: the minibatch.
       advantage: its advantages, normalised or not.
-      count: what sums over actions are divided by; without shards the sum of the weights.
+      count: divisor of the sums over actions: the sum of the weights, if there are no shards.
 
     Returns:
       The loss, and metrics.
@@ -387,12 +386,12 @@ def gradient_step(
     """`(params, opt), rows, there -> (params, opt), metrics`: one step on some rows of a batch.
 
     Args:
-      config: says how advantages are normalised.
+      config: for the way to normalise advantages.
       numbers: weights, limits and the learning rate.
       networks: the actor and the critic.
-      optimizer: gives what to subtract, in units of the learning rate.
-      batch: what `rows`, an array of indices, choose from. Where `there` is False, a row is
-        filling and counts for nothing.
+      optimizer: returns the change to subtract, in units of the learning rate.
+      batch: all actions of the update. `rows` are indices into it; a row whose `there` is False
+        is padding.
       shards: how the shards of the training meet.
     """
 
@@ -402,8 +401,8 @@ def gradient_step(
         part = part._replace(weight=part.weight * there)
         kind = config.normalize_advantage
         advantage = normalized(part.advantage, part.weight, kind, shards.total)
-        # All shards divide by the mean of their counts: the mean of their gradients is then that
-        # of all their rows.
+        # Every shard divides by the mean count, so the mean of their gradients is the gradient of
+        # the mean over the rows of all shards.
         count = jnp.maximum(shards.mean(part.weight.sum()), 1e-6)
         loss = functools.partial(objective, numbers, networks)
         whole = shards.gather_params(params)
@@ -420,22 +419,22 @@ def gradient_step(
 
 
 def _explained(batch: Batch, mean: Callable[[Array], Array]) -> Array:
-    """The share of the targets' variance that the recorded values explain; 0 if there is none."""
+    """Share of the targets' variance that the recorded values explain; 0 without variance."""
     count = jnp.maximum(mean(batch.weight.sum()), 1e-6)
 
     def variance(x: Array) -> Array:
         off = x - mean((batch.weight * x).sum()) / count
         return mean((batch.weight * jnp.square(off)).sum()) / count
 
-    rest, all_of_it = variance(batch.target - batch.value), variance(batch.target)
-    there = all_of_it > 0
-    return jnp.where(there, 1 - rest / jnp.where(there, all_of_it, 1.0), 0.0)
+    residual, whole = variance(batch.target - batch.value), variance(batch.target)
+    varies = whole > 0
+    return jnp.where(varies, 1 - residual / jnp.where(varies, whole, 1.0), 0.0)
 
 
 def _reward_statistics(
     rewards: Running | tuple[()], window: Window, shards: Shards
 ) -> Running | tuple[()]:
-    """The statistics of discounted sums of rewards, with those of a window."""
+    """Adds the discounted sums of rewards of a window to their statistics, if there are any."""
     if not isinstance(rewards, Running):
         return rewards
     sums = window.memo["return"][1:].reshape(-1)
@@ -444,7 +443,7 @@ def _reward_statistics(
 
 
 def _observe(params: Params, obs: dict[str, Array], shards: Shards) -> Params:
-    """The parameters with the observations of a window in their statistics, if they have some."""
+    """Adds the observations of a window to the statistics among the parameters, if any."""
     if "observations" not in params:
         return params
     whole = shards.gather_params(params)["observations"]

@@ -170,8 +170,6 @@ def agent(
         square_sums=lambda tree: shards.sum_parts(square_sums(tree)),
     )
     weights = lambda name, updates: value_at(config.weights.of(name), updates)  # noqa: E731
-    # The heads of two-hot bins: pairs of bins that differ in the last bit would move their mean.
-    shards = keep_mirrored(shards, "model/reward/out", "behavior/value/out")
     return joint(model, behavior, weights, optimizer, shards)
 
 

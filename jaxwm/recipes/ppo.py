@@ -2,8 +2,7 @@
 
 The defaults are the numbers that two public codes share, vwxyzjn/cleanrl (ppo.py) and
 luchris429/purejaxrl (ppo.py): small tanh networks, Adam whose rate falls to zero, clipped values.
-They treat the end of an episode by its time limit like any other end, and the variants say what
-they do:
+They treat a time limit like any other end of an episode. The variants differ in:
 
     |                                        | default    | purejaxrl  | cleanrl  |
     |----------------------------------------|------------|------------|----------|
@@ -12,7 +11,7 @@ they do:
 
 Further differences from these codes are in `behaviors.ppo`. Those from
 RobertTLange/gymnax-blines, whose numbers some presets have: biases start at 0 instead of uniformly
-in 0 to 0.05, and every action is learned from, where that code drops one in `length + 1`.
+in 0 to 0.05, and updates use every action, where that code drops one in `length + 1`.
 Environment steps include the step from an episode's last row to the first row of the next one.
 
 Command: `jaxwm train ppo --preset cartpole`, which balances the pole for all 500 steps after half a
@@ -52,7 +51,7 @@ class Config:
 
     ppo: PPOConfig = PPOConfig()
     encoder: Literal["auto", "flat", "shared"] = "auto"
-    codec: CodecConfig = CodecConfig(units=64, layers=1, depth=16)
+    codec: CodecConfig = CodecConfig(units=64, layers=1, depth=4)
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
 
 
@@ -129,6 +128,7 @@ class Setting(NamedTuple):
       variant: see `sized`.
       about: what it is, and what the return can be held against.
       changes: entries of `PPOConfig` that differ from the defaults.
+      repeat: times each action is repeated.
     """
 
     env: str
@@ -139,6 +139,7 @@ class Setting(NamedTuple):
     variant: str
     about: str
     changes: Mapping[str, Any]
+    repeat: int = 1
 
 
 _BLINES = {
@@ -211,10 +212,16 @@ SETTINGS = {
             "minibatches": 8,
         },
     ),
+    "pixels": Setting(
+        *("toy/Pixels", 30_000, 16, 32, "small", "default"),
+        "64x64 colour frames, minutes on two CPU cores (the optimum is 1)",
+        {"learning_rate": 1e-3},
+    ),
     "pendulum": Setting(
-        *("brax/inverted_pendulum", 200_000, 16, 64, "small", "default"),
-        "continuous actions, a minute on two CPU cores",
-        {"learning_rate": Schedule(1e-3, 0.0), "entropy": 0.0, "normalize_obs": True},
+        *("brax/inverted_pendulum", 500_000, 16, 64, "small", "default"),
+        "continuous actions, minutes on two CPU cores",
+        _CONTINUOUS | {"learning_rate": Schedule(1e-3, 0.0), "epochs": 10, "minibatches": 8},
+        repeat=2,
     ),
     "brax": Setting(
         *("brax/hopper", 50_000_000, 2048, 10, "large", "purejaxrl"),
@@ -260,11 +267,13 @@ def config(
 def _run(setting: Setting, env: str, chosen: Config, size: str, variant: str) -> RunConfig:
     """A run with the numbers of a setting, and networks of a size."""
     changes, envs, length = dict(setting.changes), setting.envs, setting.length
-    # The size says how large networks are, and the setting everything else.
+    # The size decides how large the networks are, the setting everything else.
     heads = changes.pop("heads", HeadsConfig())
     heads = dataclasses.replace(heads, hidden=chosen.ppo.heads.hidden)
+    # At least two updates per line of metrics; presets have fifty lines.
+    lines = max(setting.steps // 50, 2 * envs * length) if setting.about else 2 * envs * length
     if size == "debug":
-        envs, length = min(envs, 4), min(length, 16)
+        envs, length, lines = min(envs, 4), min(length, 16), 256
         changes = {name: x for name, x in changes.items() if name not in ("epochs", "minibatches")}
     algorithm = dataclasses.replace(chosen.ppo, heads=heads, **changes)
     return RunConfig(
@@ -275,6 +284,7 @@ def _run(setting: Setting, env: str, chosen: Config, size: str, variant: str) ->
         agent=dataclasses.replace(chosen, ppo=algorithm),
         envs=envs,
         steps=setting.steps,
+        action_repeat=setting.repeat,
         replay=ReplayConfig(
             capacity=envs * (length + 1),
             batch_size=envs,
@@ -282,8 +292,7 @@ def _run(setting: Setting, env: str, chosen: Config, size: str, variant: str) ->
             train_ratio=1.0,
             online=False,
         ),
-        # Fifty lines, and four checkpoints.
-        log_every=max(setting.steps // 50, envs * length),
+        log_every=lines,
         save_every=setting.steps // 4,
     )
 

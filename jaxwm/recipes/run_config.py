@@ -76,11 +76,11 @@ class RunConfig:
     save_every: int = 50_000
 
     def __post_init__(self):
-        kind = find(self.recipe).config
+        kind, given = find(self.recipe).config, type(self.agent)
         require(
             isinstance(self.agent, kind),
             f"The agent of the recipe {self.recipe} is configured by a {kind.__module__}."
-            f"{kind.__name__}, not by {self.agent!r}.",
+            f"{kind.__qualname__}, not by a {given.__module__}.{given.__qualname__}.",
         )
         for path, value in flatten(self).items():
             most = _WIDE[path] if path in _WIDE else 2**31 - 1

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from jaxwm import backend, train
 from jaxwm import config as configs
-from jaxwm import train
 from jaxwm.config import require
 from jaxwm.envs.host import resident_bytes
 from jaxwm.evaluate import final
@@ -433,7 +433,7 @@ def _headline(config: RunConfig, program: train.Program, folder: Path) -> str:
     size = f" {config.size}" if config.size else ""
     return (
         f"{config.recipe}{size} in {config.env}{seeds}{shards} on {many}{device.device_kind} "
-        f"({device.platform}): {count:,} parameters, a replay of {replay:,} bytes in the memory of "
+        f"({backend.kind()}): {count:,} parameters, a replay of {replay:,} bytes in the memory of "
         f"the {config.replay.place}{each}; the run goes to {folder}"
     )
 

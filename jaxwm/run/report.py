@@ -5,20 +5,22 @@
 
 import importlib.metadata
 import json
-import platform
 import shlex
 import subprocess
 from pathlib import Path
+from platform import platform as system
+from platform import python_version
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from jaxwm import __version__
+from jaxwm import __version__, backend
 from jaxwm.config import flatten
 from jaxwm.recipes import RunConfig, find
 from jaxwm.run import checkpoint
 from jaxwm.run.log import read_metrics
+from jaxwm.types import JaxwmError
 
 SUMMARY = "SUMMARY.md"
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
@@ -50,10 +52,10 @@ class Summary(NamedTuple):
 def versions() -> dict[str, str]:
     """Software and hardware: whatever may change the numbers but the configuration."""
     device = jax.devices()[0]
-    found = {"jaxwm": __version__, "python": platform.python_version()}
+    found = {"jaxwm": __version__, "python": python_version()}
     found |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    found |= {"device": f"{jax.device_count()} x {device.device_kind}", "backend": device.platform}
-    found["platform"] = platform.platform()
+    found |= {"device": f"{jax.device_count()} x {device.device_kind}", "backend": backend.kind()}
+    found["platform"] = system()
     commit = _commit()
     return found | ({"commit": commit} if commit else {})
 
@@ -65,14 +67,16 @@ def write_versions(folder: Path) -> None:
 
 def command(config: RunConfig) -> str:
     """The command that starts a run of exactly this configuration."""
-    size, variant = config.size or None, config.variant or None
-    plain = find(config.recipe).run(config.env, size, variant, None)
+    names = {"size": config.size, "variant": config.variant}
+    try:
+        plain = find(config.recipe).run(config.env, *(x or None for x in names.values()), None)
+    except JaxwmError:  # a size of the user's own, made in Python: spell out the default's changes
+        plain, names = find(config.recipe).run(config.env, None, None, None), {}
     words = ["jaxwm train", config.recipe, "--env", config.env]
-    words += ["--size", size] if size else []
-    words += ["--variant", variant] if variant else []
+    words += [word for name, value in names.items() if value for word in (f"--{name}", value)]
     there = flatten(plain)
     for path, value in flatten(config).items():
-        if value == there[path]:
+        if path in ("size", "variant") or value == there[path]:
             continue
         parent, dot, name = path.replace("_", "-").rpartition(".")
         if isinstance(value, bool):
@@ -106,6 +110,8 @@ def write_summary(
     seeds = f", {config.seeds} seeds side by side" if config.seeds > 1 else ""
     if config.sweep:
         seeds += f", {config.members // config.seeds} settings of {' '.join(config.sweep)}"
+    size = f" {config.size}" if config.size else ""
+    variant = f", variant {config.variant}" if config.variant else ""
     seconds, first = max(summary.train_seconds, 1e-9), summary.first_update_seconds
     rows = {
         "environment steps per seed": f"{summary.steps:,}",
@@ -120,9 +126,9 @@ def write_summary(
     }
     evaluation = f"{config.eval_episodes} episodes for each" if lines else "none was asked for"
     text = f"""\
-# {config.recipe} {config.size} in {config.env}
+# {config.recipe}{size} in {config.env}
 
-Seed {config.seed}{seeds}, variant {config.variant}. To run it again:
+Seed {config.seed}{seeds}{variant}. To run it again:
 
     {command(config)}
 

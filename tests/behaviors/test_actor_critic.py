@@ -1,52 +1,64 @@
 """Targets by hand, where gradients go, and actions of every kind."""
 
 import dataclasses
-import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxwm.behaviors.actor_critic import ActorCriticConfig, actor_critic, dream_targets
+from jaxwm.behaviors import actor_critic as parts
+from jaxwm.behaviors.actor_critic import ActorCriticConfig, State, actor_critic, dream_targets
+from jaxwm.models.imagine import dreamer
 from jaxwm.numerics import Percentiles, percentiles_init
-from jaxwm.types import Box, Discrete, JaxwmError, Latent, Step, WorldModel
+from jaxwm.optim import SlowState
+from jaxwm.types import Box, Discrete, JaxwmError, Observed, Start, Step, WorldModel
 
 F, T, B, H = 3, 4, 2, 2
 CONFIG = ActorCriticConfig(units=8, layers=1, bins=11, imagine=H, horizon=10)
 
 
-class Mean(types.SimpleNamespace):
+class Known(NamedTuple):
     """A distribution of which only the mean is known."""
+
+    value: jax.Array
 
     def mean(self):
         return self.value
 
 
 def linear_model() -> WorldModel:
-    """A world without draws: the state moves by its parameter, the reward is its first number."""
+    """A world whose state moves by its parameter; the reward is its first number."""
 
-    def imagine(params, start, policy, noise, policy_noise):
-        def step(carry, draws):
-            action, kept = policy(features(carry), draws)
-            carry = Latent(carry.deter + params["move"], carry.stoch)
-            return carry, (carry, action, kept)
+    def starts(params, observed, key=None):
+        flat = observed.latents.reshape(T * B, F)
+        return Start(flat, flat, jnp.arange(T * B))
 
-        _, (dream, actions, kept) = jax.lax.scan(step, start, policy_noise)
-        join = lambda x, xs: jnp.concatenate([x[None], xs])  # noqa: E731
-        return jax.tree.map(join, start, dream), actions, kept
+    def step(params, carry, action, draws):
+        carry = carry + params["move"] + draws[..., None]
+        return carry, carry
 
-    def features(latent):
-        return latent.deter
+    def predict(params, latents, keys=None):
+        reward = params["reward"] * latents[..., 0]
+        return {"reward": Known(reward), "continue": Known(0.9 + 0.0 * reward)}
 
-    def predict(params, latents, keys):
-        reward = params["reward"] * latents.deter[..., 0]
-        return {"reward": Mean(value=reward), "continue": Mean(value=0.9 + 0.0 * reward)}
+    def absent(*args):
+        raise NotImplementedError
 
-    def split(feat):
-        return Latent(feat, jnp.zeros((*feat.shape[:-1], 1, 1)))
-
-    return WorldModel(None, None, None, None, imagine, predict, None, features, split)
+    return WorldModel(
+        init=absent,
+        initial=absent,
+        draws=lambda key, lead: jnp.zeros(lead),
+        observe=absent,
+        starts=starts,
+        step=step,
+        features=lambda latents: latents,
+        predict=predict,
+        loss=absent,
+        pack=absent,
+        unpack=absent,
+    )
 
 
 def test_targets_of_two_imagined_steps_by_hand():
@@ -92,7 +104,7 @@ def perturbed(params, seed):
 
 @pytest.fixture(scope="module")
 def setting():
-    """A behaviour in the linear world, and the arguments of its loss but the parameters."""
+    """Spaces, replayed rows, their latents, and the parameters of the linear world."""
     spaces = {"push": Box((2,), low=-1, high=1), "turn": Discrete(3)}
     rng = np.random.default_rng(1)
     flags = np.zeros((T, B), bool)
@@ -106,33 +118,28 @@ def setting():
         jnp.asarray(is_last),
         jnp.asarray(is_terminal),
     )
-    deter = jnp.asarray(rng.normal(size=(T, B, F)), jnp.float32)
-    latents = Latent(deter, jnp.zeros((T, B, 1, 1)))
+    latents = jnp.asarray(rng.normal(size=(T, B, F)), jnp.float32)
     model_params = {"move": jnp.float32(0.1), "reward": jnp.float32(2.0)}
     return spaces, steps, latents, model_params
 
 
 def losses_of(setting, config, params, slow, latents=None, model_params=None):
     spaces, steps, given, model_given = setting
-    behavior = actor_critic(config, spaces, linear_model(), F)
-    noise = behavior.noise(jax.random.key(5), (H, T * B))
-    return behavior.loss(
-        params,
-        slow,
-        percentiles_init(),
-        model_params or model_given,
-        latents or given,
-        steps,
-        jnp.zeros((H, T * B)),
-        noise,
-    )
+    model = linear_model()
+    behavior = actor_critic(config, spaces, model, F)
+    latents = given if latents is None else latents
+    dreams = dreamer(model, model_given if model_params is None else model_params)
+    state = State(percentiles_init(), SlowState(slow, jnp.zeros((), jnp.int32)))
+    observed = Observed(latents[-1], latents, latents)
+    draws = behavior.draws(jax.random.key(5), (T, B))
+    return behavior.loss(params, state, dreams, observed, steps, draws)
 
 
 @pytest.fixture(scope="module")
 def parameters(setting):
     behavior = actor_critic(CONFIG, setting[0], linear_model(), F)
     params = perturbed(behavior.init(jax.random.key(0)), 0)
-    return params, {"value": perturbed(params["value"], 1)}
+    return params, perturbed(params["value"], 1)
 
 
 def test_each_loss_trains_its_own_part(setting, parameters):
@@ -150,9 +157,9 @@ def test_each_loss_trains_its_own_part(setting, parameters):
     found = gradients(params, slow, latents, model_params)
     reached = {}
     for name, (own, slow_, latents_, model_) in found.items():
-        parts = own | {"slow": slow_, "latents": latents_, "model": model_}
+        each = own | {"slow": slow_, "latents": latents_, "model": model_}
         size = lambda x: max(np.abs(g).max() for g in jax.tree.leaves(x))  # noqa: E731
-        reached[name] = {part for part, x in parts.items() if size(x) > 0}
+        reached[name] = {part for part, x in each.items() if size(x) > 0}
     # Dreams are not differentiated; replayed rows train the model's latents too.
     assert reached == {
         "policy": {"policy"},
@@ -167,7 +174,7 @@ def test_losses_have_one_number_per_row(setting, parameters):
     assert losses["replay_value"].shape == (T - 1, B)
     # Row 1 ends an episode: what follows belongs to another one.
     assert not losses["replay_value"][1].any() and losses["replay_value"][::2].all()
-    assert state.hi > state.lo and all(np.isfinite(x) for x in metrics.values())
+    assert state.returns.hi > state.returns.lo and all(np.isfinite(x) for x in metrics.values())
 
 
 def test_the_first_weight_is_predicted_or_true(setting, parameters):
@@ -200,6 +207,31 @@ def test_the_value_loss_pulls_to_returns_and_to_the_slow_critic(setting, paramet
     np.testing.assert_array_equal(both["policy"], alone["policy"])
 
 
+def act(behavior, params, features, key, mode="explore"):
+    """Carry and action at some features, which are the latents of the linear world."""
+    dreams = dreamer(linear_model(), {})
+    return behavior.act(params, dreams, (), features, features, key, mode)
+
+
+def test_the_slow_critic_follows_the_critic(setting, parameters):
+    behavior = actor_critic(CONFIG, setting[0], linear_model(), F, slow_rate=0.25)
+    params, other = parameters
+    state = behavior.initial(params)
+    assert state.returns == percentiles_init()
+    jax.tree.map(np.testing.assert_array_equal, state.slow.params, params["value"])
+    moved = behavior.after(state, {"policy": params["policy"], "value": other}).slow.params
+    want = jax.tree.map(lambda slow, fast: 0.75 * slow + 0.25 * fast, params["value"], other)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), moved, want)
+
+
+def test_every_random_number_of_a_loss_is_drawn_at_once(setting):
+    behavior = actor_critic(CONFIG, setting[0], linear_model(), F)
+    draws = behavior.draws(jax.random.key(0), (T, B))
+    assert draws.model.shape == (H, T * B)
+    shapes = {name: x.shape for name, x in draws.action.items()}
+    assert shapes == {"push": (H, T * B, 2), "turn": (H, T * B, 3)}
+
+
 ACTIONS = {
     "discrete": (Discrete(4), jnp.int32, ()),
     "continuous": (Box((3,), low=-1, high=1), jnp.float32, (3,)),
@@ -211,14 +243,22 @@ ACTIONS = {
 @pytest.mark.parametrize("kind", ACTIONS)
 def test_actions_fit_their_space(kind):
     space, dtype, shape = ACTIONS[kind]
-    behavior = actor_critic(dataclasses.replace(CONFIG, unimix=0.5), space, linear_model(), F)
+    config = dataclasses.replace(CONFIG, unimix=0.5)
+    behavior = actor_critic(config, space, linear_model(), F)
     params = perturbed(behavior.init(jax.random.key(0)), 0)
-    feat = jax.random.normal(jax.random.key(1), (500, F))
-    act = jax.jit(lambda key: behavior.act(params, feat, behavior.noise(key, (500,))))
-    action = np.asarray(act(jax.random.key(2)))
+    features = jax.random.normal(jax.random.key(1), (500, F))
+    draw = jax.jit(lambda key: act(behavior, params, features, key)[1])
+    action = np.asarray(draw(jax.random.key(2)))
     assert action.shape == (500, *shape) and action.dtype == dtype
-    np.testing.assert_array_equal(action, act(jax.random.key(2)))
-    assert (action != act(jax.random.key(3))).any()
+    np.testing.assert_array_equal(action, draw(jax.random.key(2)))
+    assert (action != draw(jax.random.key(3))).any()
+    # There is no noise beside the policy's own.
+    carry, sampled = act(behavior, params, features, jax.random.key(2), "sample")
+    np.testing.assert_allclose(sampled, action, rtol=1e-5, atol=1e-6)
+    assert carry == ()
+    plan = parts.policy(config, space, F).apply(params["policy"], features)["action"]
+    _, best = act(behavior, params, features, jax.random.key(2), "greedy")
+    np.testing.assert_array_equal(best, plan.mode())
     if isinstance(space, Discrete):
         classes = np.broadcast_to(space.classes, shape)
         # Every class that exists is chosen, and none that does not.
@@ -226,23 +266,24 @@ def test_actions_fit_their_space(kind):
             assert set(action[(slice(None), *index)]) == set(range(classes[index]))
     else:
         # The mean lies in -1..1, the draws spread around it.
-        mean = behavior.policy(params, feat)["action"].mode()
+        mean = plan.mode()
         assert np.abs(mean).max() <= 1 and 0.05 < np.abs(action - mean).mean() < 1
-    dist = behavior.policy(params, feat)["action"]
-    assert dist.log_prob(jnp.asarray(action)).shape == dist.entropy().shape == (500,)
+    assert plan.log_prob(jnp.asarray(action)).shape == plan.entropy().shape == (500,)
 
 
 def test_a_dict_of_one_action_stays_a_dict_whatever_its_name():
     for name in ("action", "turn"):
         behavior = actor_critic(CONFIG, {name: Discrete(2)}, linear_model(), F)
         params = behavior.init(jax.random.key(0))
-        action = behavior.act(params, jnp.zeros((7, F)), behavior.noise(jax.random.key(1), (7,)))
-        assert {key: x.shape for key, x in action.items()} == {name: (7,)}
+        for mode in ("explore", "sample", "greedy"):
+            _, action = act(behavior, params, jnp.zeros((7, F)), jax.random.key(1), mode)
+            assert {key: x.shape for key, x in action.items()} == {name: (7,)}
 
 
-def test_names_of_actions_that_clash_are_told():
+def test_names_of_actions_that_clash_are_refused():
     for clash in ({"mlp": Discrete(2)}, {"a": Box((1,)), "a_mean": Discrete(2)}):
-        with pytest.raises(JaxwmError, match=r"would be the output (mlp|a_mean) .* Rename"):
+        words = r"needs an output of the policy's network called (mlp|a_mean), .* Rename"
+        with pytest.raises(JaxwmError, match=words):
             actor_critic(CONFIG, clash, linear_model(), F)
 
 
@@ -250,19 +291,19 @@ def test_named_actions_come_as_a_dict():
     spaces = {"push": Box((2,), low=-1, high=1), "turn": Discrete((2, 3), (2,))}
     behavior = actor_critic(CONFIG, spaces, linear_model(), F)
     params = behavior.init(jax.random.key(0))
-    action = behavior.act(params, jnp.zeros((7, F)), behavior.noise(jax.random.key(1), (7,)))
+    _, action = act(behavior, params, jnp.zeros((7, F)), jax.random.key(1))
     assert {name: (x.shape, str(x.dtype)) for name, x in action.items()} == {
         "push": ((7, 2), "float32"),
         "turn": ((7, 2), "int32"),
     }
     # At the start the policy knows nothing: means near 0, classes equally likely.
-    plan = behavior.policy(params, jnp.ones((7, F)))
+    plan = parts.policy(CONFIG, spaces, F).apply(params["policy"], jnp.ones((7, F)))
     assert np.abs(plan["push"].mode()).max() < 0.1
     np.testing.assert_allclose(plan["turn"].entropy(), np.log(2) + np.log(3), atol=0.01)
-    assert not behavior.value(params, jnp.ones((7, F))).mean().any()
+    assert not parts.critic(CONFIG, F).apply(params["value"], jnp.ones((7, F))).mean().any()
 
 
 @pytest.mark.parametrize("space", [Box(()), Box((2,), "uint8"), Box((2,), "int32")])
-def test_spaces_it_cannot_act_in_are_told(space):
+def test_spaces_it_cannot_act_in_are_refused(space):
     with pytest.raises(JaxwmError, match=r"The action 'lever' has the space .* cannot take"):
         actor_critic(CONFIG, {"lever": space}, linear_model(), F)

@@ -131,7 +131,7 @@ def test_what_is_clipped_has_no_gradient():
         target = batch._replace(target=jnp.asarray([2.0, 0.0, 2.0, 0.0]))
         return ppo.clipped_losses(log_prob, value, advantage, target)["value"].sum()
 
-    # Of values that have moved too far towards their target nothing is learned.
+    # Values that have already moved too far towards their target get no gradient.
     slopes = jax.grad(value_loss)(jnp.asarray([1.5, 1.5, 0.5, 0.5]))
     np.testing.assert_allclose(slopes, [0, 1.5, -1.5, 0], rtol=1e-6)
 
@@ -347,7 +347,7 @@ def test_every_row_is_learned_from_once_an_epoch(state, window):
     np.testing.assert_array_equal(counts, 3)
 
 
-def test_too_many_minibatches_are_told(state, window):
+def test_too_many_minibatches_raise(state, window):
     config = dataclasses.replace(SMALL, minibatches=25)
     with pytest.raises(JaxwmError, match=r"24 rows of an update into 25 minibatches"):
         make(config).update(state, window, jax.random.key(0))
@@ -458,7 +458,7 @@ def test_seeds_side_by_side_learn_what_each_learns_alone(agent, state, window):
         jax.tree.map(lambda x, y, i=index: close(x[i], y), both, alone)
 
 
-def test_what_ppo_cannot_take_is_told():
+def test_spaces_and_numbers_that_do_not_fit_raise():
     with pytest.raises(JaxwmError, match=r"'action'.*int32.*cannot take"):
         make(action=Box((2,), "int32", 0, 3))
     with pytest.raises(JaxwmError, match=r"HeadsConfig.hidden is \(8, 0\)"):

@@ -12,7 +12,7 @@ from rich.console import Console
 from jaxwm import cli, config
 from jaxwm.evaluate import published
 from jaxwm.evaluate.compare import compare
-from jaxwm.recipes import RunConfig
+from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.run.checkpoint import read_config
 from jaxwm.run.log import Logger
 from jaxwm.types import JaxwmError
@@ -22,11 +22,14 @@ SWINGUP = "playground/CartpoleSwingup"
 TASK = "dmc_proprio/cartpole_swingup"
 
 
+def run_of(env, **changes) -> RunConfig:
+    return RunConfig(env, "dreamer_v3", "size1m", "head", agent=dreamer_v3.Config(), **changes)
+
+
 def run_folder(folder, returns, env=SWINGUP, seed=0, steps=250_000, repeat=2, every=5_000, **other):
     """A run whose seeds end one episode of `returns[seed]` at every write."""
-    settings = RunConfig(
-        env=env, seed=seed, seeds=len(returns), steps=steps, action_repeat=repeat, **other
-    )
+    other |= {"seed": seed, "seeds": len(returns), "steps": steps, "action_repeat": repeat}
+    settings = run_of(env, **other)
     with Logger(folder, steps, len(returns), console=Console(quiet=True)) as logger:
         for step in range(every, steps + 1, every):
             metrics = {"episode/return": np.array(returns, float), "episode/count": 1.0}
@@ -117,7 +120,7 @@ def test_score_files_are_condensed(tmp_path):
     ],
 )
 def test_environments_find_their_task(env, steps, task):
-    assert published.task_of(RunConfig(env=env, steps=steps)) == task
+    assert published.task_of(run_of(env, steps=steps)) == task
 
 
 @pytest.mark.parametrize(
@@ -134,12 +137,12 @@ def test_environments_find_their_task(env, steps, task):
 )
 def test_other_environments_find_none(env, steps):
     with pytest.raises(JaxwmError, match=f"No published curve is known to be that of {env}"):
-        published.task_of(RunConfig(env=env, steps=steps))
+        published.task_of(run_of(env, steps=steps))
 
 
 def test_a_doubt_is_told():
     with pytest.raises(JaxwmError, match=r"k/pong and as atari57/pong, .* 4,000,000 frames"):
-        published.task_of(RunConfig(env="atari/Pong", steps=1_000_000))
+        published.task_of(run_of("atari/Pong", steps=1_000_000))
     with pytest.raises(JaxwmError, match="Several suites have pong: atari100k/pong and atari57/po"):
         published.curve("pong")
     with pytest.raises(JaxwmError, match=r"Did you mean .*dmc_proprio/cartpole_swingup"):
@@ -150,7 +153,7 @@ def test_a_doubt_is_told():
 
 def test_frames_count_repeats_and_those_inside():
     def frames(env, repeat):
-        return published.frames_per_step(RunConfig(env=env, action_repeat=repeat))
+        return published.frames_per_step(run_of(env, action_repeat=repeat))
 
     assert frames(SWINGUP, 1) == 1 and frames(SWINGUP, 2) == 2
     assert frames("atari/Pong", 1) == frames("gymnasium/ALE/Pong-v5", 1) == 4
@@ -158,9 +161,9 @@ def test_frames_count_repeats_and_those_inside():
 
 
 def test_mjx_is_never_called_dmc():
-    assert published.label(RunConfig(env=SWINGUP)) == "DMC (MJX)"
-    assert published.label(RunConfig(env="dm_control/cartpole-swingup")) == "DMC"
-    assert published.label(RunConfig(env="atari/Pong")) == "atari/Pong"
+    assert published.label(run_of(SWINGUP)) == "DMC (MJX)"
+    assert published.label(run_of("dm_control/cartpole-swingup")) == "DMC"
+    assert published.label(run_of("atari/Pong")) == "atari/Pong"
 
 
 # Scores and verdicts
@@ -231,7 +234,7 @@ def test_the_score_is_the_mean_of_the_episodes_in_the_last_bin(tmp_path):
             (26_000, 999, 7),
         ):
             logger.write(step, 0, {"episode/return": value, "episode/count": count})
-    config.write(RunConfig(env=SWINGUP, action_repeat=2), folder / "config.json")
+    config.write(run_of(SWINGUP, action_repeat=2), folder / "config.json")
     result = compare([folder])
     assert result.verdict.frames == 50_000
     np.testing.assert_allclose(result.verdict.scores, [150])

@@ -39,7 +39,6 @@ OTHERS = {
     "sweep": ["learning_rate=0.001,0.01"],
     "on_divergence": "skip",
     "agent.dtype": "bfloat16",
-    "agent.model.dtype": "bfloat16",
     "agent.model.codec.convs": "strided",
     "agent.model.codec.mults": [1, 2],
     "agent.behavior.start_weight": "true",
@@ -92,6 +91,9 @@ FLAGS = {path: f"--{path.replace('_', '-')}" for path in ENTRIES}
 # Entries that may be 0; of the others, those that may be no more than 1.
 _ZERO = ("seed", "time_limit", "eval_episodes", "host.workers", "host.max_faults", "unimix")
 _ZERO += (
+    "prefill",
+    "train_every",
+    "pretrain",
     "train_ratio",
     "free_nats",
     "layers",
@@ -170,7 +172,7 @@ def bad(words: list[str], folder: Path) -> None:
 # What can be known to be wrong without jax.
 _AT_ONCE = (
     "trian dreamer_v3",
-    "train dreamer_v2 --env toy/Memory",
+    "train dreamer_v9 --env toy/Memory",
     "train dreamer_v3",
     "resume",
     "resume runs/none --stepz 4",

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxwm import train
 from jaxwm.recipes import dreamer_v3
-from jaxwm.run import checkpoint
+from jaxwm.run.saver import Saver
 from jaxwm.train.state import Account
 from tests.faults.damage import command
 
@@ -58,7 +58,7 @@ def measure(count: int, seed: int, folder: Path) -> dict[str, Any]:
             chunk = watched if kind == "watched" else plain
             state, seconds = turn(chunk, state, iterations)
             times[kind].append(seconds)
-    with checkpoint.Saver(folder, CONFIG, print) as saver:
+    with Saver(folder, CONFIG, print) as saver:
         for step in (1, 2):  # programs are compiled, and there is something to take over
             saver.save(step, state)
             state, _ = turn(watched, state, iterations)

@@ -18,6 +18,7 @@ from jaxwm import train
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay.config import ReplayConfig
 from jaxwm.run import checkpoint
+from jaxwm.run.saver import Saver
 from tests.faults.damage import bits, command
 
 _ENVS = ("toy/Memory", "toy/Pixels", "toy/Reach", "toy/Mixed")
@@ -58,7 +59,7 @@ def same(config: RunConfig, cut: int, twice: bool, folder: Path) -> dict[str, in
     chunk = program.compile()
     whole, metrics = chunk(program.init(), 2 * cut)
     state, _ = chunk(program.init(), cut)
-    with checkpoint.Saver(folder, config, print) as saver:
+    with Saver(folder, config, print) as saver:
         if twice:
             state, _ = chunk(program.init(), cut // 3)
             for step in (1, 2):

@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxwm import train
 from jaxwm.recipes import RunConfig
-from jaxwm.run import checkpoint
+from jaxwm.run import checkpoint, saver
 from tests.faults.damage import Answer, call, command, holds, small, steady, train_words
 
 POISONED = small(env="tests.faults.poison:poisoned", eval_episodes=0)
@@ -53,9 +53,9 @@ def trial(config: RunConfig, folder: Path, like: Any, alone: bool = False) -> st
         answer = Answer(done.returncode, done.stdout, done.stderr)
     else:
         with (
-            mock.patch.object(checkpoint, "KEPT", 1000),
+            mock.patch.object(saver, "KEPT", 1000),
             mock.patch.object(train, "build", _build),
-            mock.patch("jaxwm.run.loop.draw", lambda *args: {}),
+            mock.patch("jaxwm.evaluate.final.draw", lambda *args: {}),
         ):
             answer = call(*words)
     holds("Traceback" not in answer.out + answer.err, f"a traceback: {answer.err[-2000:]}")
@@ -72,7 +72,7 @@ def trial(config: RunConfig, folder: Path, like: Any, alone: bool = False) -> st
         told = answer.refusal()
         holds(_TERM.search(told), f"no term and update is named: {told}")
         holds(config.on_divergence != "skip", f"it should have gone on: {told}")
-        vain = "gone back 3 times in vain" in told
+        vain = "went back 3 times in vain" in told
         holds(vain == (config.on_divergence == "rollback"), f"why it ended is not told: {told}")
         return "ended"
     steps = list(range(config.log_every, config.steps + 1, config.log_every))

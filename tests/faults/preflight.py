@@ -17,10 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxwm import heap, train
+from jaxwm import train
 from jaxwm.envs.host import resident_bytes
 from jaxwm.recipes import dreamer_v3
-from jaxwm.run import checkpoint, memory
+from jaxwm.run import memory
+from jaxwm.run.saver import Saver
 from tests.faults.damage import command
 
 _WITHIN = 0.10
@@ -37,10 +38,9 @@ def take(size: str, capacity: int, folder: Path) -> dict[str, int]:
     program = train.build(config)
     chunk = program.compile()
     used = memory.estimate(program, chunk, config)
-    heap.give_back()  # what compiling took and has freed, as the first save would
     before = resident_bytes()
     state = jax.block_until_ready(program.init())
-    with checkpoint.Saver(folder, config, print) as saver:
+    with Saver(folder, config, print) as saver:
         for step in range(1, 6):
             if step == 3:  # the first two have nothing to take over, and are written whole
                 _forget_peak()

@@ -223,8 +223,8 @@ def test_losses_are_one_number_per_row_and_follow_their_rows(model, params, step
 
 
 def test_the_continue_head_learns_the_discounted_probability(model, params, steps, draws):
-    # The soft-label loss is least where the probability is the target. At any probability p it is
-    # -t log p - (1 - t) log(1 - p), with t = 1 - 1/333 on rows that continue and 0 on terminal ones.
+    # At a predicted probability p the loss is -t log p - (1 - t) log(1 - p), which is least at t.
+    # The target t is 1 - 1/333 on rows that continue and 0 on terminal ones.
     losses, found, _ = model.loss(params, model.initial(B), steps, draws)
     predicted = model.predict(params, found.latents, ("continue",))["continue"]
     prob = np.asarray(predicted.mean(), np.float64)

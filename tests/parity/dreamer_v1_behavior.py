@@ -175,3 +175,4 @@ CHECKS = [
     Check("behavior", MARKER, losses),
     Check("actions", MARKER, actions),
 ]
+UNUSED = {r"cfg/pcont_scale": "the weight of a head that only some files have"}

@@ -14,6 +14,7 @@ from jaxwm.models.latents import GaussianConfig
 from jaxwm.models.recurrent import KerasGRUConfig
 from jaxwm.models.rssm import rssm
 from jaxwm.recipes.dreamer_v1 import ModelConfig, parts
+from jaxwm.types import Space, is_image
 from tests.parity.common import Check, Recorded, nested, renamed
 from tests.parity.dreamer_v1_units import keras_gru
 from tests.parity.gaussian_world import compare_states, one_row
@@ -38,10 +39,14 @@ CORE = (
     (r"pcont/h(\d+)/(\w+)", r"continue/mlp/linear\1/\2"),
     (r"pcont/hout/(\w+)", r"continue/out/\1"),
 )
-VECTOR = (
-    (r"dec/h(\d+)/(\w+)", r"decoder/mlp/linear\1/\2"),
-    (r"dec/hout/(\w+)", r"decoder/out_obs/\1"),
-)
+
+
+def vector_paths(key: str) -> tuple[tuple[str, str], ...]:
+    """Our paths of the decoder of the vector `key`."""
+    return (
+        (r"dec/h(\d+)/(\w+)", r"decoder/mlp/linear\1/\2"),
+        (r"dec/hout/(\w+)", rf"decoder/out_{key}/\1"),
+    )
 
 
 def image_path(name: str) -> str | None:
@@ -55,9 +60,11 @@ def image_path(name: str) -> str | None:
     return f"decoder/dense/{leaf}" if number == 1 else f"decoder/conv{number - 2}/{leaf}"
 
 
-def tree(image: bool, flat: Mapping[str, Any]) -> dict[str, Any]:
+def tree(spaces: Mapping[str, Space], flat: Mapping[str, Any]) -> dict[str, Any]:
     """Our parameters, from the recorded ones by name."""
-    rules = renamed(CORE if image else CORE + VECTOR)
+    ((key, space),) = spaces.items()
+    image = is_image(space)
+    rules = renamed(CORE if image else CORE + vector_paths(key))
     gru = {name: x for name, x in flat.items() if name.startswith("rssm/gru/")}
     ours = nested(
         {name: x for name, x in flat.items() if name not in gru},
@@ -110,7 +117,7 @@ def world(recorded: Recorded) -> World:
         recorded,
         built,
         rssm(built, spaces, actions),
-        lambda flat: tree("image" in spaces, flat),
+        lambda flat: tree(spaces, flat),
         spaces,
         losses,
         weights,
@@ -123,7 +130,7 @@ def forward(recorded: Recorded) -> None:
     case = world(recorded)
     ours = case.compute()
     if "in/image" in recorded:
-        compare_preprocessed(recorded, recorded["in/image"])
+        compare_preprocessed(recorded, "image", recorded["in/image"])
         recorded.compare("out/enc/embed", ours["tokens"])
     target = case.parts.heads["reward"].target(case.steps)
     recorded.compare("out/pre/reward", np.swapaxes(target, 0, 1))

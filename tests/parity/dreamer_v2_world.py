@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxwm.models.codecs import ClassicCodecConfig
+from jaxwm.models.heads import soft_continue
 from jaxwm.models.latents import LatentConfig, balanced_kl
 from jaxwm.models.recurrent import LayerNormGRUConfig
 from jaxwm.models.rssm import Carry, Parts, rssm
@@ -156,11 +157,13 @@ def forward(recorded: Recorded) -> None:
     ours = case.compute()
     groups = recorded.shape("out/rssm/stoch")
     for name in spaces_of(case, image=True):
-        compare_preprocessed(recorded, recorded[f"in/{name}"])
-    for name, head in (("reward", "reward"), ("discount", "continue")):
-        if head in case.parts.heads:
-            target = case.parts.heads[head].target(case.steps)
-            recorded.compare(f"out/pre/{name}", np.swapaxes(target, 0, 1))
+        compare_preprocessed(recorded, name, recorded[f"in/{name}"])
+    discount = recorded.number("cfg/discount")
+    for name, head in (
+        ("reward", case.parts.heads["reward"]),
+        ("discount", soft_continue(case.parts.heads["reward"].net, discount)),
+    ):
+        recorded.compare(f"out/pre/{name}", np.swapaxes(head.target(case.steps), 0, 1))
     recorded.compare("out/enc/embed", ours["tokens"])
     recorded.compare("out/rssm/feat", ours["feat"])
     recorded.compare("out/rssm/deter", ours["deter"])

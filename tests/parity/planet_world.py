@@ -52,13 +52,13 @@ def stack_path(recorded: Recorded, part: str, root: str, out: str) -> Callable[[
     return path_of
 
 
-def tree(recorded: Recorded, flat: Mapping[str, Any]) -> dict[str, Any]:
+def tree(recorded: Recorded, key: str, flat: Mapping[str, Any]) -> dict[str, Any]:
     """Our parameters, from the recorded ones by name."""
     core = renamed(CORE)
     reward = stack_path(recorded, "reward", "reward", "out")
     codec = image_path
     if "in/image" not in recorded:
-        codec = stack_path(recorded, "dec", "decoder", "out_obs")
+        codec = stack_path(recorded, "dec", "decoder", f"out_{key}")
     gru = {name: x for name, x in flat.items() if name.startswith("rssm/gru/")}
     ours = nested(
         {name: x for name, x in flat.items() if name not in gru},
@@ -111,7 +111,7 @@ def world(recorded: Recorded) -> PlanetWorld:
         recorded,
         parts(config, spaces, actions),
         world_model(config, spaces, actions),
-        lambda flat: tree(recorded, flat),
+        lambda flat: tree(recorded, key, flat),
         spaces,
         losses,
         {name: recorded.number(f"out/scale/{name}") for name in losses},
@@ -124,7 +124,7 @@ def forward(recorded: Recorded) -> None:
     case = world(recorded)
     ours = case.compute()
     if "in/image" in recorded:
-        compare_preprocessed(recorded, np.swapaxes(case.prepared()["image"], 0, 1))
+        compare_preprocessed(recorded, "image", np.swapaxes(case.prepared()["image"], 0, 1))
         recorded.compare("out/enc/embed", ours["tokens"])
     compare_states(case, ours, "belief", "sample", "stddev")
     compare_decoded(case, ours["raw"])

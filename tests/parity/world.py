@@ -236,10 +236,9 @@ def compare_losses(world: World, ours: Mapping[str, Any], names: Iterable[str]) 
         world.recorded.compare(f"out/loss/{name}", ours["means"][name])
 
 
-def compare_preprocessed(recorded: Recorded, image: Any) -> None:
-    """`out/pre/image_first`, of an image (B, T, h, w, c) in pixels or prepared already."""
-    if "out/pre/image_first" in recorded:
-        recorded.compare("out/pre/image_first", centred(jnp.asarray(image))[0, :1])
+def compare_preprocessed(recorded: Recorded, key: str, image: Any) -> None:
+    """`out/pre/KEY_first`, of an image (B, T, h, w, c) in pixels or prepared already."""
+    recorded.compare(f"out/pre/{key}_first", centred(jnp.asarray(image))[0, :1])
 
 
 def _batch_major(x: Any) -> Any:

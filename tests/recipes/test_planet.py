@@ -67,9 +67,7 @@ def test_every_preset_is_a_run_whose_parts_can_be_overridden(preset, tmp_path):
 def test_what_does_not_exist_is_refused():
     with pytest.raises(JaxwmError, match="no size of planet called 'huge'"):
         planet.sized("huge")
-    with pytest.raises(
-        JaxwmError, match=r"called 'reech'\. Did you mean reach"
-    ):
+    with pytest.raises(JaxwmError, match=r"called 'reech'\. Did you mean reach"):
         planet.config(preset="reech")
     with pytest.raises(JaxwmError, match="planet has no variants"):
         planet.config("toy/Reach", variant="head")

@@ -58,7 +58,7 @@ def test_it_acts_as_the_run_does(exported, finished):
         action, state = one.act(np.full(8, cue), state)
         again, other = two.act(np.full(8, cue), other)
         np.testing.assert_array_equal(action, again)
-    assert bits(state.latent) == bits(other.latent)
+    assert bits(state.carry) == bits(other.carry)
 
 
 def test_a_run_is_exported_and_evaluated_from_the_shell(finished, exported, tmp_path, capsys):

@@ -1,0 +1,31 @@
+"""Options of XLA's compiler for CPUs.
+
+XLA hands products and reductions to the library YNNPACK by default; its own code is faster for the
+shapes of world models. Vectors of 512 bits help CPUs that have them. benchmarks/README.md says how
+much. An option that the user sets in XLA_FLAGS stays as the user sets it.
+"""
+
+import functools
+import os
+
+import jax
+
+OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_cpu_prefer_vector_width": "512",
+}
+
+
+def compiler_options() -> dict[str, str]:
+    """The options that this release of XLA knows and that the user has not set."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {x: value for x, value in OPTIONS.items() if x not in flags and _known(x, value)}
+
+
+@functools.cache
+def _known(option: str, value: str) -> bool:
+    try:
+        jax.jit(lambda x: x, compiler_options={option: value}).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
