@@ -9,12 +9,12 @@ and the balanced KL, DreamerV3 (arXiv:2301.04104) for the mixture with the unifo
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Integer
 
 from jaxwm import dists
 from jaxwm.config import at_least, positive, share
@@ -73,34 +73,50 @@ class LatentConfig:
 
 
 def categorical(config: LatentConfig) -> LatentSpace:
+    """Groups of one-hot classes; networks give their logits, flat.
+
+    Its `kl` is that of DreamerV3: "dyn" trains the prior towards the posterior and "rep" the
+    posterior towards the prior, each row only while it is above the free nats,
+
+        dyn = max(free, KL(sg(post) || prior)),   rep = max(free, KL(post || sg(prior))).
+
+    `draws` gives uniform numbers (..., S); `sample` also takes Gumbel noise (..., S, K).
+    """
     stoch, classes = config.stoch, config.classes
 
-    def dist(raw):
+    def groups(raw: Float[Array, "*lead outputs"]) -> dists.OneHot:
         return dists.OneHot(raw.reshape(*raw.shape[:-1], stoch, classes), config.unimix)
 
-    def draws(key, lead):
+    def draws(key: Key, lead: tuple[int, ...]) -> Float[Array, "*lead S"]:
         return jax.random.uniform(key, (*lead, stoch))
 
-    def sample(raw, draws):
-        groups = dist(raw)
-        uniform = draws.ndim == raw.ndim and draws.shape[-1] == stoch
-        z = groups.sample_uniform(draws) if uniform else groups.sample_noise(draws)
-        return z.reshape(raw.shape)
+    def sample(
+        raw: Float[Array, "*lead outputs"],
+        draws: Float[Array, "*lead S"] | Float[Array, "*lead S K"],
+    ) -> Float[Array, "*lead outputs"]:
+        dist = groups(raw)
+        uniform = draws.ndim == raw.ndim
+        state = dist.sample_uniform(draws) if uniform else dist.sample_noise(draws)
+        return state.reshape(raw.shape)
 
-    def divergence(first, second):
-        return dist(first).kl_divergence(dist(second))
+    def divergence(
+        first: Float[Array, "*lead outputs"], second: Float[Array, "*lead outputs"]
+    ) -> Float[Array, "*lead"]:
+        return groups(first).kl_divergence(groups(second))
 
-    def kl(post, prior):
+    def kl(
+        post: Float[Array, "*lead outputs"], prior: Float[Array, "*lead outputs"]
+    ) -> dict[str, Array]:
         return {
             "dyn": jnp.maximum(divergence(sg(post), prior), config.free_nats),
             "rep": jnp.maximum(divergence(post, sg(prior)), config.free_nats),
         }
 
-    def pack(z):
-        dtype = jnp.uint8 if classes <= 256 else jnp.int32
-        return jnp.argmax(z.reshape(*z.shape[:-1], stoch, classes), -1).astype(dtype)
+    def pack(state: Float[Array, "*lead outputs"]) -> Integer[Array, "*lead S"]:
+        index = jnp.argmax(state.reshape(*state.shape[:-1], stoch, classes), -1)
+        return index.astype(jnp.uint8 if classes <= 256 else jnp.int32)
 
-    def unpack(index):
+    def unpack(index: Integer[Array, "*lead S"]) -> Float[Array, "*lead outputs"]:
         return jax.nn.one_hot(index, classes).reshape(*index.shape[:-1], -1)
 
     return LatentSpace(
@@ -110,7 +126,7 @@ def categorical(config: LatentConfig) -> LatentSpace:
         sample=sample,
         divergence=divergence,
         kl=kl,
-        entropy=lambda raw: dist(raw).entropy(),
+        entropy=lambda raw: groups(raw).entropy(),
         pack=pack,
         unpack=unpack,
     )
@@ -157,34 +173,25 @@ def gaussian(config: GaussianConfig) -> LatentSpace:
     Its `kl` is the plain divergence; papers use one of the forms below instead.
     """
 
+    def normal(raw: Float[Array, "*lead outputs"]) -> dists.Normal:
+        return dists.Normal(*moments(config, raw))
+
     def draws(key: Key, lead: tuple[int, ...]) -> Float[Array, "*lead S"]:
         return jax.random.normal(key, (*lead, config.stoch))
-
-    def sample(
-        raw: Float[Array, "*lead outputs"], draws: Float[Array, "*lead S"]
-    ) -> Float[Array, "*lead S"]:
-        mean, std = moments(config, raw)
-        return mean + std * draws
 
     def divergence(
         first: Float[Array, "*lead outputs"], second: Float[Array, "*lead outputs"]
     ) -> Float[Array, "*lead"]:
-        (mean_1, std_1), (mean_2, std_2) = moments(config, first), moments(config, second)
-        ratio = jnp.square(std_1 / std_2)
-        shift = jnp.square((mean_1 - mean_2) / std_2)
-        return 0.5 * jnp.sum(ratio + shift - 1 - jnp.log(ratio), -1)
-
-    def entropy(raw: Float[Array, "*lead outputs"]) -> Float[Array, "*lead"]:
-        return jnp.sum(jnp.log(moments(config, raw)[1]) + 0.5 * math.log(2 * math.pi * math.e), -1)
+        return normal(first).kl_divergence(normal(second))
 
     return LatentSpace(
         size=config.stoch,
         outputs=2 * config.stoch,
         draws=draws,
-        sample=sample,
+        sample=lambda raw, draws: normal(raw).sample_noise(draws),
         divergence=divergence,
         kl=lambda post, prior: {"kl": divergence(post, prior)},
-        entropy=entropy,
+        entropy=lambda raw: normal(raw).entropy(),
         pack=lambda state: state,
         unpack=lambda state: state,
     )
