@@ -307,7 +307,7 @@ SETTINGS = {
     "pendulum": _small(
         "gymnax/Pendulum-v1",
         "swing-up with a dense reward, on two CPU cores",
-        CEMConfig(iterations=5, candidates=200, elites=20),
+        CEMConfig(horizon=10, iterations=5, candidates=200, elites=20),
         **{"repeat": 2, "length": 100, "episodes": 100, "window": 20, "updates": 200},
         **{"rec": 100.0, "reward": 30.0},
     ),
@@ -373,7 +373,7 @@ def config(
 
 
 def _run(setting: Setting, env: str, size: str, agent: Config) -> RunConfig:
-    """Five random episodes of every environment, then updates before each further one."""
+    """Five random episodes, then updates before each further episode of every environment."""
     block = setting.envs * setting.length
     steps = setting.episodes * setting.length
     return RunConfig(
@@ -390,7 +390,7 @@ def _run(setting: Setting, env: str, size: str, agent: Config) -> RunConfig:
             batch_length=setting.window,
             train_ratio=setting.updates * setting.batch * setting.window / block,
             online=False,
-            prefill=5 * block,
+            prefill=5 * setting.length,
             train_every=block,
             pretrain=setting.updates,
         ),

@@ -54,7 +54,7 @@ def drift(noise=0.0, cont=None) -> Dreamer:
     def features(latent):
         return latent["position"][..., None]
 
-    return Dreamer(jax.random.normal, None, step, features, predict)
+    return Dreamer(jax.random.normal, None, step, None, features, predict)
 
 
 def acting(config, space, dreamer):
