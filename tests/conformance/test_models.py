@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxwm.config import flatten
 from jaxwm.models.imagine import dreamer
-from jaxwm.recipes import RECIPES
+from jaxwm.recipes import RECIPES, sweep
 from jaxwm.types import (
     Box,
     Discrete,
@@ -53,6 +54,9 @@ def made(name: str) -> tuple[WorldModel | None, Any]:
                 return parallel_core(OBS, space, filters=name == "parallel_filtered").model, space
             recipe = RECIPES[name]
             config = recipe.run("toy/Credit", "debug", None, None).agent
+            # Every nat counts, so that every gradient shows.
+            free = [path for path in flatten(config) if path.endswith("free_nats")]
+            config = sweep.put(config, dict.fromkeys(free, 0.0))
             return recipe.agent(config, OBS, space).model, space
         except JaxwmError:
             if space is ACTIONS[-1]:
