@@ -11,16 +11,14 @@ i; reward, continue and value belong to the state they are predicted at.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxwm import backend, dists, nets
-from jaxwm.behaviors import policies
-from jaxwm.behaviors.policies import Policy
-from jaxwm.config import at_least, positive, share
+from jaxwm.config import at_least, positive, require, share
 from jaxwm.numerics import (
     Percentiles,
     Scalar,
@@ -36,8 +34,11 @@ from jaxwm.types import (
     ActionSpace,
     Array,
     Behavior,
+    Box,
+    Discrete,
     Dreamer,
     Imagined,
+    JaxwmError,
     Key,
     Metrics,
     Mode,
@@ -47,6 +48,7 @@ from jaxwm.types import (
     PyTree,
     Step,
     WorldModel,
+    as_dict,
 )
 
 sg = jax.lax.stop_gradient
@@ -157,8 +159,8 @@ class Draws(NamedTuple):
 
 def policy(
     config: ActorCriticConfig, action_space: ActionSpace, feature_size: int, dtype: str = "float32"
-) -> Policy:
-    """The policy: choices with a share of uniform ones, and normals with bounded moments.
+) -> Net:
+    """The policy: `params, features (..., F) -> {action key: distribution}`.
 
     Args:
       config: sizes.
@@ -167,18 +169,60 @@ def policy(
       dtype: compute type.
 
     Raises:
-      JaxwmError: see `policies.policy`.
+      JaxwmError: if an action space is neither discrete nor a box of numbers, or two outputs of the
+        policy's network would have one name.
     """
+    spaces, sizes = as_dict(action_space), {}
+    for name, space in spaces.items():
+        outputs = _outputs(name, space)
+        taken = outputs.keys() & {*sizes, "mlp"}
+        require(
+            not taken,
+            f"The action {name!r} needs an output of the policy's network called "
+            f"{', '.join(taken)}, and there already is one. Rename the action.",
+        )
+        sizes |= outputs
+    module = nets.Heads(feature_size, config.units, config.layers, sizes, 0.01, dtype)
+    run = nets.call(module)
 
-    def choices(logits: Array, mask: Any, event_ndims: int) -> dists.Categorical:
-        return dists.Categorical(logits, mask, config.unimix, event_ndims)
+    def apply(params: Params, feat: Array) -> dict[str, Any]:
+        out, result = run(params, feat), {}
+        for name, space in spaces.items():
+            if isinstance(space, Discrete):
+                logits = out[name].reshape(*out[name].shape[:-1], *space.shape, space.width)
+                rank = len(space.shape)
+                result[name] = dists.Categorical(logits, space.mask(), config.unimix, rank)
+            else:
+                shape = (*feat.shape[:-1], *space.shape)
+                mean, std = out[f"{name}_mean"].reshape(shape), out[f"{name}_std"].reshape(shape)
+                result[name] = dists.BoundedNormal(mean, std, event_ndims=len(space.shape))
+        return result
 
-    def numbers(mean: Array, std: Array, event_ndims: int) -> dists.BoundedNormal:
-        return dists.BoundedNormal(mean, std, event_ndims=event_ndims)
+    return Net(lambda key: module.init(key, jnp.zeros((1, feature_size)))["params"], apply)
 
-    shape = feature_size, config.units, config.layers
-    net = lambda sizes: nets.Heads(*shape, sizes, 0.01, dtype)  # noqa: E731
-    return policies.policy(action_space, net, numbers, jax.random.normal, choices)
+
+def _outputs(name: str, space: Any) -> dict[str, int]:
+    """The outputs of the policy's network for one action, with their sizes."""
+    if isinstance(space, Discrete):
+        return {name: math.prod(space.shape) * space.width}
+    if isinstance(space, Box) and space.dtype == "float32" and len(space.shape) > 0:
+        return dict.fromkeys((f"{name}_mean", f"{name}_std"), math.prod(space.shape))
+    raise JaxwmError(
+        f"The action {name!r} has the space {space}, which the actor-critic cannot take: use "
+        "Discrete, or a float32 Box of at least one dimension."
+    )
+
+
+def action_draws(action_space: ActionSpace, key: Key, lead: tuple[int, ...]) -> dict[str, Array]:
+    """Random numbers for actions of shape `lead`: Gumbel for choices, normal for boxes."""
+    draws = {}
+    for index, (name, space) in enumerate(sorted(as_dict(action_space).items())):
+        key_name = jax.random.fold_in(key, index)
+        if isinstance(space, Discrete):
+            draws[name] = jax.random.gumbel(key_name, (*lead, *space.shape, space.width))
+        else:
+            draws[name] = jax.random.normal(key_name, (*lead, *space.shape))
+    return draws
 
 
 def critic(config: ActorCriticConfig, feature_size: int, dtype: str = "float32") -> Net:
@@ -199,7 +243,7 @@ class ActorCritic:
     config: ActorCriticConfig
     action_space: ActionSpace
     model: WorldModel
-    policy: Policy
+    policy: Net
     critic: Net
     slow: SlowCopy
     all_gather: Callable[[Array], Array]
@@ -217,7 +261,8 @@ class ActorCritic:
     def draws(self, key: Key, lead: tuple[int, int]) -> Draws:
         key_model, key_action = jax.random.split(key)
         dream = (self.config.imagine, math.prod(lead))
-        return Draws(self.model.draws(key_model, dream), self.policy.draws(key_action, dream))
+        actions = action_draws(self.action_space, key_action, dream)
+        return Draws(self.model.draws(key_model, dream), actions)
 
     def act(
         self,
@@ -233,10 +278,8 @@ class ActorCritic:
         feat = dreamer.features(latent)
         plan = self.policy.apply(params["policy"], feat)
         if mode == "greedy":
-            action = policies.mode(plan)
-        else:
-            action = policies.sample(plan, self.policy.draws(key, feat.shape[:-1]))
-        return carry, policies.for_env(self.action_space, action)
+            return carry, self._bare({name: dist.mode() for name, dist in plan.items()})
+        return carry, self._sample(plan, action_draws(self.action_space, key, feat.shape[:-1]))
 
     def loss(
         self,
@@ -283,8 +326,8 @@ class ActorCritic:
         """Dreams from every replayed row. Nothing is learned by changing what they contain."""
         fixed = sg(params["policy"])
 
-        def act(feat: Array, draws: dict[str, Array]) -> dict[str, Array]:
-            return policies.sample(self.policy.apply(fixed, feat), draws)
+        def act(feat: Array, draws: dict[str, Array]) -> Action:
+            return self._sample(self.policy.apply(fixed, feat), draws)
 
         return sg(dreamer.imagine(dreamer.starts(observed), act, draws))
 
@@ -320,7 +363,8 @@ class ActorCritic:
         ) -> tuple[Array, Array, Array]:
             feat = dreamer.features(latents)
             plan = self.policy.apply(params["policy"], feat)
-            log_prob, entropy = policies.log_prob(plan, action), policies.entropy(plan)
+            log_prob = sum(plan[name].log_prob(x) for name, x in as_dict(action).items())
+            entropy: Any = sum(dist.entropy() for dist in plan.values())
             value = self.critic.apply(params["value"], feat)
             fit = value.log_prob(returns) + config.slow_regularizer * value.log_prob(slow_value)
             return log_prob * advantage + config.entropy * entropy, fit, entropy
@@ -345,6 +389,12 @@ class ActorCritic:
         value = self.critic.apply(params["value"], feat[:-1])
         fit = value.log_prob(returns) + config.slow_regularizer * value.log_prob(slow_value[:-1])
         return -fit * (1.0 - steps.is_last[:-1])
+
+    def _sample(self, plan: dict[str, Any], draws: dict[str, Array]) -> Action:
+        return self._bare({name: dist.sample_noise(draws[name]) for name, dist in plan.items()})
+
+    def _bare(self, chosen: dict[str, Array]) -> Action:
+        return chosen if isinstance(self.action_space, Mapping) else chosen["action"]
 
 
 def actor_critic(

@@ -65,7 +65,7 @@ class _Recipes(MutableMapping[str, Recipe]):
         return len(self._recipes)
 
 
-RECIPES = _Recipes("dreamer_v3", "planet", "ppo")
+RECIPES = _Recipes("dreamer_v3", "dreamer_v2", "dreamer_v1", "planet", "ppo")
 
 
 def find(name: str) -> Recipe:

@@ -1,13 +1,23 @@
 """Dreamer V1: Dream to Control (arXiv:1912.01603).
 
-The world model is an RSSM with Gaussian latents and a Keras GRU. The defaults are those of the
-authors' code (github.com/danijar/dreamer) for the DeepMind Control Suite.
+The world model is an RSSM with Gaussian latents and a Keras GRU. The policy maximises the return of
+its dreams by gradients through the dynamics. The defaults are those of the authors' code
+(github.com/danijar/dreamer) for the DeepMind Control Suite.
+
+Differences from the code: every row draws its own latent noise, where the code shares one vector
+between the rows of a step; sequences may cross the ends of episodes, where the memory is reset;
+float32 instead of mixed precision.
+
+Command: `jaxwm train dreamer_v1 --preset reach`.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from jaxwm.config import at_least, share
+from jaxwm import backend
+from jaxwm.agent import joint
+from jaxwm.behaviors.actor_critic_v1 import ActorCriticV1Config, actor_critic_v1
+from jaxwm.config import at_least, require, share
 from jaxwm.models import codecs
 from jaxwm.models.codecs import ClassicCodecConfig
 from jaxwm.models.encoders import concat_size, token_size
@@ -15,7 +25,32 @@ from jaxwm.models.heads import Style, head, normal_reward, posterior, soft_conti
 from jaxwm.models.latents import GaussianConfig, floored_kl, gaussian
 from jaxwm.models.recurrent import KerasGRUConfig, core
 from jaxwm.models.rssm import Parts, rssm
-from jaxwm.types import ActionSpace, ObsSpace, WorldModel, as_dict
+from jaxwm.numerics import Scalar
+from jaxwm.optim import (
+    AdamConfig,
+    Number,
+    adam_tf,
+    grouped,
+    numbers_at_least,
+    square_sums,
+    value_at,
+)
+from jaxwm.recipes import Recipe
+from jaxwm.recipes.run_config import RunConfig
+from jaxwm.replay.config import ReplayConfig
+from jaxwm.types import (
+    ALONE,
+    ActionSpace,
+    Agent,
+    ObsSpace,
+    Params,
+    Shards,
+    WorldModel,
+    as_dict,
+    nearest,
+)
+
+NAME = "dreamer_v1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,3 +130,229 @@ def world_model(
 ) -> WorldModel:
     """The world model; arguments as in `parts`."""
     return rssm(parts(config, obs_space, action_space, dtype), obs_space, action_space, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """Weight of each loss in the total; "rec" is that of every observation key."""
+
+    rec: Number = 1.0
+    reward: Number = 1.0
+    cont: Number = 10.0
+    kl: Number = 1.0
+    policy: Number = 1.0
+    value: Number = 1.0
+
+    def __post_init__(self):
+        numbers_at_least(self, 0, *(field.name for field in dataclasses.fields(self)))
+
+    def of(self, name: str) -> Number | Scalar:
+        """The weight of the loss `name`."""
+        return getattr(self, {"continue": "cont"}.get(name, name.split("/")[0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Dreamer V1: world model, behaviour, weights of the losses and three optimisers.
+
+    Args:
+      model: the world model.
+      behavior: the imagined actor-critic.
+      weights: weights of the losses.
+      model_optim: the model's optimiser.
+      policy_optim: the policy's optimiser.
+      value_optim: the critic's optimiser.
+      dtype: compute type; "auto" is bfloat16 on accelerators that have it, else float32.
+    """
+
+    model: ModelConfig = ModelConfig()
+    behavior: ActorCriticV1Config = ActorCriticV1Config()
+    weights: LossWeights = LossWeights()
+    model_optim: AdamConfig = AdamConfig(6e-4, eps=1e-7)
+    policy_optim: AdamConfig = AdamConfig(8e-5, eps=1e-7)
+    value_optim: AdamConfig = AdamConfig(8e-5, eps=1e-7)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+def agent(
+    config: Config, obs_space: ObsSpace, action_space: ActionSpace, shards: Shards = ALONE
+) -> Agent:
+    """The agent for one environment's spaces.
+
+    Args:
+      config: sizes and hyperparameters.
+      obs_space: space of each observation key.
+      action_space: one space, or a space per key.
+      shards: how the shards of the training meet, if it is divided.
+
+    Raises:
+      JaxwmError: if the model or the behaviour cannot take the spaces.
+    """
+    dtype = backend.compute_dtype(config.dtype)
+    model = world_model(config.model, obs_space, action_space, dtype)
+    features = config.model.core.deter + config.model.latent.stoch
+    behavior = actor_critic_v1(
+        config.behavior, action_space, model, features, config.model.discount, dtype
+    )
+
+    def squares(tree: Params) -> Params:
+        return shards.sum_parts(square_sums(tree))
+
+    optimizer = grouped(
+        {
+            "model": adam_tf(**vars(config.model_optim), square_sums=squares),
+            "behavior/policy": adam_tf(**vars(config.policy_optim), square_sums=squares),
+            "behavior/value": adam_tf(**vars(config.value_optim), square_sums=squares),
+        }
+    )
+    weights = lambda name, updates: value_at(config.weights.of(name), updates)  # noqa: E731
+    return joint(model, behavior, weights, optimizer, shards)
+
+
+SIZES = ("dmc", "nano", "debug")
+
+
+def sized(size: str) -> Config:
+    """The configuration of one size.
+
+    Args:
+      size: "dmc" as in the code; "nano", which two CPU cores train; "debug", which compiles in
+        seconds and learns little.
+
+    Raises:
+      JaxwmError: if there is no such size.
+    """
+    if size == "dmc":
+        return Config()
+    if size == "nano":
+        return _thin(deter=64, stoch=8, units=64, depth=8, layers=2, imagine=15)
+    if size == "debug":
+        return _thin(deter=8, stoch=4, units=8, depth=2, layers=1, imagine=4)
+    raise nearest(size, SIZES, "size of dreamer_v1")
+
+
+def _thin(deter: int, stoch: int, units: int, depth: int, layers: int, imagine: int) -> Config:
+    """Small networks, which take and need larger steps."""
+    model = ModelConfig(
+        core=KerasGRUConfig(deter, deter),
+        latent=GaussianConfig(stoch),
+        free_nats=1.0,
+        codec=ClassicCodecConfig(units, layers, depth, conv_act="relu"),
+        units=units,
+        reward_layers=layers,
+        continue_layers=layers,
+    )
+    return Config(
+        model=model,
+        behavior=ActorCriticV1Config(units, layers, layers, imagine),
+        model_optim=AdamConfig(1e-3, eps=1e-7),
+        policy_optim=AdamConfig(3e-4, eps=1e-7),
+        value_optim=AdamConfig(3e-4, eps=1e-7),
+    )
+
+
+class Setting(NamedTuple):
+    """An environment and the numbers for it.
+
+    Attributes:
+      env: the environment; --env takes another one.
+      about: what it is for.
+      ends: whether the model predicts ends.
+      size: see `sized`.
+      envs: environments.
+      steps: environment steps of a run.
+      repeat: times each action is repeated.
+      block: steps between two blocks of updates.
+      updates: updates of a block.
+      batch: sequences of an update.
+      window: rows of a sequence.
+    """
+
+    env: str
+    about: str
+    ends: bool = False
+    size: str = "nano"
+    envs: int = 4
+    steps: int = 20_000
+    repeat: int = 1
+    block: int = 200
+    updates: int = 100
+    batch: int = 16
+    window: int = 16
+
+
+SETTINGS = {
+    "reach": Setting("toy/Reach", "a point in the plane, on two CPU cores", window=8),
+    "pendulum": Setting("gymnax/Pendulum-v1", "swing-up, on two CPU cores", repeat=2),
+    "inverted_pendulum": Setting(
+        "brax/inverted_pendulum", "a task that ends, on two CPU cores", ends=True, repeat=2
+    ),
+    # The code counts frames: 1000 of them, or 500 steps, between two blocks of 100 updates.
+    "dmc": Setting(
+        *("dm_control/walker-walk:image", "DeepMind Control as in the code", False, "dmc"),
+        *(1, 1_000_000, 2, 500, 100, 50, 50),
+    ),
+}
+PRESETS = {name: f"{setting.env}: {setting.about}" for name, setting in SETTINGS.items()}
+
+
+def config(
+    env: str | None = None,
+    size: str | None = None,
+    variant: str | None = None,
+    preset: str | None = None,
+) -> RunConfig:
+    """A run of Dreamer V1.
+
+    Args:
+      env: name of the environment; None for the preset's.
+      size: see `sized`; None for the preset's, or "dmc".
+      variant: None: there is only one.
+      preset: one of `PRESETS`; None for the numbers of the DeepMind Control Suite.
+
+    Raises:
+      JaxwmError: if there is no such size, variant or preset, or no environment was named.
+    """
+    require(
+        not variant,
+        f"The recipe dreamer_v1 has no variants, but the variant {variant!r} was asked for.",
+    )
+    if preset is not None and preset not in SETTINGS:
+        raise nearest(preset, SETTINGS, "preset of dreamer_v1")
+    require(
+        env is not None or preset is not None,
+        "Name an environment with --env, or a preset with --preset.",
+    )
+    setting = SETTINGS[preset or "dmc"]
+    size = size or setting.size
+    agent = sized(size)
+    if setting.ends:
+        agent = dataclasses.replace(
+            agent, model=dataclasses.replace(agent.model, predict_ends=True)
+        )
+    if size == "debug":  # learns after few steps, too
+        setting = setting._replace(envs=2, block=8, updates=2, batch=2, window=6)
+    rows = setting.updates * setting.batch * setting.window
+    return RunConfig(
+        env=env or setting.env,
+        recipe=NAME,
+        size=size,
+        agent=agent,
+        envs=setting.envs,
+        steps=setting.steps,
+        action_repeat=setting.repeat,
+        replay=ReplayConfig(
+            capacity=setting.steps,
+            batch_size=setting.batch,
+            batch_length=setting.window,
+            train_ratio=rows / setting.block,
+            online=False,
+            prefill=5 * setting.block,
+            train_every=setting.block,
+            pretrain=setting.updates,
+        ),
+        save_every=max(setting.steps // 4, setting.block),
+    )
+
+
+RECIPE = Recipe(NAME, Config, agent, config, PRESETS)
