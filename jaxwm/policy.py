@@ -55,9 +55,18 @@ class Policy:
     Args:
       agent: the agent.
       params: its parameters.
-      env: a single environment, for its spaces.
+      env: a single environment.
       seed: determines the random draws.
       mode: "sample" draws from the agent's policy, "greedy" takes its mode.
+      config: the run that trained the agent, if there is one.
+
+    Attributes:
+      agent: the agent; `agent.model` is its world model, with `params["model"]`.
+      params: its parameters.
+      env: a single environment.
+      config: the run that trained the agent, or None.
+      obs_space: space of each observation key.
+      action_space: one space, or a space per key.
     """
 
     def __init__(
@@ -67,9 +76,11 @@ class Policy:
         env: Env | HostEnv,
         seed: int = 0,
         mode: Mode = "sample",
+        config: RunConfig | None = None,
     ):
+        self.agent, self.params, self.env, self.config = agent, params, env, config
         self.obs_space, self.action_space = env.obs_space, env.action_space
-        self._agent, self._params, self._seed = agent, params, seed
+        self._seed = seed
 
         def clip(space: Space, value: Array) -> Array:
             if not isinstance(space, Box):
@@ -94,7 +105,7 @@ class Policy:
         require(batch >= 1, f"A batch holds at least one episode, not {batch}.")
         action = zeros(self.action_space, (batch,))
         key = jax.random.key(self._seed)
-        return PolicyState(self._agent.initial(batch), action, key, jnp.ones((batch,), bool))
+        return PolicyState(self.agent.initial(batch), action, key, jnp.ones((batch,), bool))
 
     def act(self, obs: Any, state: PolicyState | None = None) -> tuple[Any, PolicyState]:
         """The action at an observation.
@@ -118,7 +129,7 @@ class Policy:
             f"The observation is a batch of {batch or 1} and the state one of "
             f"{before.is_first.shape[0]}. Start new episodes with policy.act(obs).",
         )
-        action, after = self._act(self._params, arrays, before)
+        action, after = self._act(self.params, arrays, before)
         action = jax.tree.map(np.asarray, action)
         return action if batch else jax.tree.map(lambda x: np.asarray(x[0]), action), after
 
@@ -147,7 +158,7 @@ def load(run: str | Path, seed: int = 0, member: int = 0, mode: Mode = "sample")
     )
     env, members = trained(Path(run), config)
     agent = agent_of(sweep.member(config, member), env.obs_space, env.action_space)
-    return Policy(agent, members[member], env, seed, mode)
+    return Policy(agent, members[member], env, seed, mode, config)
 
 
 def trained(run: Path, config: RunConfig) -> tuple[Env | HostEnv, list[Params]]:

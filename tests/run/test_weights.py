@@ -107,7 +107,7 @@ def test_members_lead_the_axes(tiny, tmp_path):
     params = jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), like)
     folder = weights.write(tmp_path / "weights", params, two, 7)
     policy = jaxwm.load(folder, member=1)
-    assert bits(policy._params) == bits(jax.tree.map(lambda x: x[1], params))
+    assert bits(policy.params) == bits(jax.tree.map(lambda x: x[1], params))
     with pytest.raises(JaxwmError, match="member is 2"):
         jaxwm.load(folder, member=2)
 
