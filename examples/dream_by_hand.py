@@ -3,7 +3,6 @@
 import sys
 
 import jax
-import jax.numpy as jnp
 
 import jaxwm
 from jaxwm.evaluate.rollout import collect
@@ -14,7 +13,7 @@ key_rows, key_seen, key_dream = jax.random.split(jax.random.key(0), 3)
 
 # An episode of one environment: rows (T, B) with T = 20 and B = 1.
 rows = collect(policy.agent, policy.params, policy.env, 20, key_rows)
-first, rest = (jax.tree.map(lambda x: x[part], rows) for part in (slice(5), slice(5, None)))
+first, rest = jax.tree.map(lambda x: x[:5], rows), jax.tree.map(lambda x: x[5:], rows)
 
 # The model sees the first five rows.
 observed = model.observe(params, model.initial(1), first, model.draws(key_seen, (5, 1)))
@@ -22,7 +21,7 @@ carry = observed.carry
 
 # From there it is told nothing but the actions.
 for time in range(15):
-    action = jax.tree.map(lambda x: x[time], rest.action)
+    action = jax.tree.map(lambda x, time=time: x[time], rest.action)
     draws = model.draws(jax.random.fold_in(key_dream, time), (1,))
     carry, latent = model.step(params, carry, action, draws)
     dreamed = model.predict(params, latent)

@@ -80,6 +80,7 @@ def test_the_examples_of_a_document_run(path, outside):
     done = subprocess.run(
         [sys.executable, str(script)],
         cwd=outside,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},  # for the folder `examples`
         capture_output=True,
         text=True,
         timeout=300,
