@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxwm import dists, nets
 from jaxwm.models.rssm import Head, Posterior
+from jaxwm.numerics import Scalar
 from jaxwm.types import Array, Float, Key, Net, Params
 
 
@@ -82,7 +83,7 @@ def normal_reward(net: Net, clip: Literal["none", "tanh", "sign"] = "none") -> H
     )
 
 
-def soft_continue(net: Net, discount: float) -> Head:
+def soft_continue(net: Net, discount: Scalar) -> Head:
     """Whether the episode continues, as a Bernoulli: it learns discount * (1 - is_terminal).
 
     Args:
