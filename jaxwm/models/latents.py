@@ -18,6 +18,7 @@ from jaxtyping import Integer
 
 from jaxwm import dists
 from jaxwm.config import at_least, positive, share
+from jaxwm.numerics import Scalar
 from jaxwm.types import Array, Float, Key, PyTree
 
 sg = jax.lax.stop_gradient
@@ -199,8 +200,8 @@ def gaussian(config: GaussianConfig) -> LatentSpace:
 
 def balanced_kl(
     latent: LatentSpace,
-    balance: float = 0.8,
-    free_nats: float = 0.0,
+    balance: Scalar = 0.8,
+    free_nats: Scalar = 0.0,
     mean_first: bool = True,
     forward: bool = False,
 ) -> LatentSpace:
@@ -238,7 +239,7 @@ def balanced_kl(
     return latent._replace(kl=kl)
 
 
-def floored_kl(latent: LatentSpace, free_nats: float = 3.0) -> LatentSpace:
+def floored_kl(latent: LatentSpace, free_nats: Scalar = 3.0) -> LatentSpace:
     """The KL loss of Dreamer V1: max(free, mean KL(post || prior)).
 
     Source: Dreamer (arXiv:1912.01603) and its code.
@@ -248,7 +249,7 @@ def floored_kl(latent: LatentSpace, free_nats: float = 3.0) -> LatentSpace:
     )
 
 
-def excess_kl(latent: LatentSpace, free_nats: float = 3.0) -> LatentSpace:
+def excess_kl(latent: LatentSpace, free_nats: Scalar = 3.0) -> LatentSpace:
     """The KL loss of PlaNet: max(0, KL(post || prior) - free) of every row.
 
     Source: PlaNet (arXiv:1811.04551) and its code. The paper's text has max(free, KL), which has

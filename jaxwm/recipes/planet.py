@@ -32,6 +32,7 @@ from jaxwm.models.heads import Style, head, normal_reward, posterior, soft_conti
 from jaxwm.models.latents import GaussianConfig, excess_kl, gaussian
 from jaxwm.models.recurrent import PlanetGRUConfig
 from jaxwm.models.rssm import Parts, rssm
+from jaxwm.numerics import Scalar
 from jaxwm.optim import AdamConfig, Number, adam_tf, numbers_at_least, square_sums, value_at
 from jaxwm.recipes import Recipe
 from jaxwm.recipes.run_config import RunConfig
@@ -94,7 +95,7 @@ class LossWeights:
     def __post_init__(self):
         numbers_at_least(self, 0, *(field.name for field in dataclasses.fields(self)))
 
-    def of(self, name: str) -> Number:
+    def of(self, name: str) -> Number | Scalar:
         """The weight of the loss `name`."""
         return getattr(self, {"continue": "cont"}.get(name, name.split("/")[0]))
 
@@ -240,6 +241,7 @@ def sized(size: str) -> Config:
         model = ModelConfig(
             core=PlanetGRUConfig(deter=8, hidden=8),
             latent=GaussianConfig(stoch=4),
+            free_nats=0.0,  # four numbers hardly ever hold three nats
             codec=ClassicCodecConfig(8, 1, 2, act="relu", conv_act="relu"),
             units=8,
             layers=1,
