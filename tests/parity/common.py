@@ -98,7 +98,7 @@ class Recorded(Mapping[str, np.ndarray]):
         return nested(self.flat(prefix), path_of)
 
     def compare(self, name: str, ours: Any, tolerance: float | None = None) -> None:
-        """Notes an error if `ours` differs from the recorded array `name`.
+        """Notes an error if `ours` differs from the recorded array `name`; none if there is none.
 
         Integers and booleans must be equal. Of numbers the largest error counts, relative to the
         largest entry recorded; an array of zeros must be zero.
@@ -108,6 +108,8 @@ class Recorded(Mapping[str, np.ndarray]):
           ours: what we compute, of the same shape.
           tolerance: largest relative error; by default what the READMEs ask for.
         """
+        if name not in self._arrays:
+            return
         want, have = self._arrays[name], np.asarray(ours)
         self.compared.add(name)
         if have.shape != want.shape:

@@ -110,9 +110,9 @@ def world(recorded: Recorded) -> World:
     built = parts(config, spaces, actions)
     losses = {"kl": "kl", "reward": "reward", "image": f"rec/{key}"}
     weights = {"kl": recorded.number("cfg/kl_scale"), "reward": 1.0, "image": 1.0}
+    scale = recorded.number("cfg/pcont_scale")
     if config.predict_ends:
-        losses["pcont"] = "continue"
-        weights["pcont"] = recorded.number("cfg/pcont_scale")
+        losses["pcont"], weights["pcont"] = "continue", scale
     return World(
         recorded,
         built,

@@ -132,11 +132,8 @@ def world(recorded: Recorded) -> World:
     carry = Carry(jnp.asarray(recorded["in/state/deter"]), stoch.reshape(len(stoch), -1))
     losses = {"kl": "kl", "reward": "reward", **{key: f"rec/{key}" for key in spaces}}
     losses |= {"discount": "continue"} if config.predict_ends else {}
-    scales = {f"scale_{name}": name for name in losses}
-    weights = {
-        name: recorded.number(f"cfg/{scale}") if f"cfg/{scale}" in recorded else 1.0
-        for scale, name in scales.items()
-    }
+    scales = {name: recorded.number(f"cfg/scale_{name}") for name in ("kl", "reward", "discount")}
+    weights = {name: scales.get(name, 1.0) for name in losses}
     return World(
         recorded,
         built,
