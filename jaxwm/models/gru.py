@@ -81,13 +81,11 @@ class BlockGRU(nn.Module):
         self, deter: Float[Array, "N D"], stoch: Float[Array, "N S"], embedded: Float[Array, "N D"]
     ) -> Float[Array, "N D"]:
         """One step of the recurrence, from the embedded action."""
-        blocks = self.config.blocks
         x0 = jax.nn.silu(self.in_deter_norm(self.in_deter(deter)))
         x1 = jax.nn.silu(self.in_stoch_norm(self.in_stoch(stoch)))
         shared = self.hidden.shared_rows(jnp.concatenate([x0, x1], -1), self._shared_start(0))
         x = jax.nn.silu(self.hidden_norm(self.hidden.rows(deter, 0) + shared + embedded))
-        gates = self.gates(x).reshape(len(deter), blocks, 3, -1)
-        reset, candidate, update = (gates[:, :, i].reshape(deter.shape) for i in range(3))
+        reset, candidate, update = self.gates.split(x, 3)
         update = jax.nn.sigmoid(update - 1)
         return update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * deter
 
