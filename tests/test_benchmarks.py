@@ -80,7 +80,7 @@ def test_dependent_steps():
 
 
 def test_demands_of_an_update():
-    config = dreamer_v3.agent("debug")
+    config = dreamer_v3.sized("debug")
     demand = demands(config, "vector", 2, 6)
     # Observing 6 rows and back, dreams of 5 steps, and the bits of percentiles that a CPU finds.
     bits = 32 if jax.default_backend() == "cpu" else 0
@@ -157,7 +157,7 @@ def test_scaling_is_measured_against_the_first_point(tmp_path, monkeypatch, reus
 
 
 def test_memory_of_a_row_and_of_an_update():
-    config = dreamer_v3.agent("debug")
+    config = dreamer_v3.sized("debug")
     # 24 numbers seen and 6 done, a reward and three flags; 16 numbers and 4 classes of a latent.
     row = memory.row_bytes(config, "vector")
     want = {"observation": 96, "deter": 64, "stoch": 4, "rest": 24 + 4 + 3}
