@@ -36,6 +36,16 @@ class Done(NamedTuple):
     killed: Path
 
 
+def wait_for(run: Path, step: int) -> None:
+    """Returns once the saver's thread has written a checkpoint and everything that goes with it."""
+    calm = 0
+    while calm < 20:
+        names = [path.name for path in (run / checkpoint.FOLDER).iterdir()]
+        settled = str(step) in names and not any(name.startswith(".") for name in names)
+        calm = calm + 1 if settled else 0
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="module", params=NAMES)
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp(request.param)
@@ -49,8 +59,7 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
         def write(self, step, updates, metrics):
             if step == KILLED:
-                while 160 not in checkpoint.steps(whole):  # a thread writes it
-                    time.sleep(0.01)
+                wait_for(whole, 160)
                 copy(whole, killed)
             super().write(step, updates, metrics)
 
