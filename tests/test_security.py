@@ -53,7 +53,7 @@ ALLOWED = {
     ("envs/worker.py", "cloudpickle"): WORKERS,
     ("__init__.py", "importlib.import_module"): "modules of jaxwm itself",
     ("envs/__init__.py", "importlib.import_module"): "modules of jaxwm itself",
-    ("cli.py", "importlib.import_module"): "the recipe, once its name is known to be one",
+    ("recipes/__init__.py", "importlib.import_module"): "recipes of jaxwm, named in RECIPES",
     ("envs/catalog.py", "importlib.import_module"): "module:function that the user has typed",
 }
 
