@@ -24,7 +24,7 @@ from benchmarks.lines import emit, in_words, machine, number, parser_of
 from benchmarks.loop import training
 from benchmarks.roofline import work
 from jaxwm import backend, train
-from jaxwm.agent import compute_dtype
+from jaxwm.backend import compute_dtype
 from jaxwm.recipes import dreamer_v3
 from jaxwm.train.program import NUMBER, TRUTH
 

@@ -18,7 +18,7 @@ import jax
 
 from benchmarks.lines import emit, in_words, machine, number, parser_of
 from jaxwm import train
-from jaxwm.agent import compute_dtype
+from jaxwm.backend import compute_dtype
 from jaxwm.recipes import RunConfig, dreamer_v3
 from jaxwm.replay.device import ReplayConfig
 from jaxwm.run import memory
@@ -80,7 +80,7 @@ def training(
     """A run that learns."""
     agent: Any = dataclasses.replace(dreamer_v3.sized(size), dtype=dtype)
     replay = ReplayConfig(capacity, batch, length, ratio)
-    return RunConfig(env=ENV, size=size, agent=agent, envs=envs, replay=replay)
+    return RunConfig(env=ENV, recipe="dreamer_v3", size=size, agent=agent, envs=envs, replay=replay)
 
 
 def collecting(size: str, envs: int, rows: int = 128, dtype: str = "auto") -> RunConfig:

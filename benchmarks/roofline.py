@@ -154,8 +154,10 @@ def inputs_of(agent: Any, window: Any, key: Any, shapes: bool) -> tuple[Any, Any
     def make(window: Any, key: Any) -> tuple[Any, Any, Draws]:
         steps = jax.tree.map(lambda x: x[1:], window.steps)
         lead = steps.is_first.shape
-        draws = Draws(agent.model.draws(key, lead), agent.behavior.draws(key, lead))
-        return agent.model.unpack(window.memo, lead[1]), steps, draws
+        key_model, key_behavior = jax.random.split(key)
+        model, behavior = agent.model, agent.behavior
+        draws = Draws(model.draws(key_model, lead), behavior.draws(key_behavior, lead))
+        return model.unpack(window.memo, lead[1]), steps, draws
 
     return jax.eval_shape(make, window, key) if shapes else backend.jit(make)(window, key)
 
@@ -420,7 +422,7 @@ def main() -> None:
         return dataclasses.replace(run, shards=args.shards)
 
     mesh.use_cores(run_of("debug"))
-    limits = limits_of(compute_dtype(args.dtype))
+    limits = limits_of(backend.compute_dtype(args.dtype))
     about = {"dtype": backend.compute_dtype(args.dtype)} | machine()
     lines = []
     for size in dict.fromkeys([*args.sizes, *args.measure]):

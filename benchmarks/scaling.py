@@ -24,7 +24,7 @@ from benchmarks.loop import Run, collecting, training
 from benchmarks.roofline import demands, work
 from benchmarks.throughput import synthetic
 from jaxwm import backend
-from jaxwm.agent import compute_dtype
+from jaxwm.backend import compute_dtype
 from jaxwm.recipes import dreamer_v3
 from jaxwm.replay.device import check_fits
 from jaxwm.train import mesh

@@ -143,7 +143,9 @@ def main() -> None:
             replay = ReplayConfig(
                 capacity=20_000, batch_size=batch, batch_length=args.length, train_ratio=512
             )
-            config = RunConfig(env="synthetic", size=size, agent=agent, replay=replay)
+            config = RunConfig(
+                env="synthetic", recipe="dreamer_v3", size=size, agent=agent, replay=replay
+            )
             result["loop"] = measure_loop(config, obs, 8, max(2, args.repeats // 4))
         emit(result, args.out)
 
