@@ -74,6 +74,7 @@ def measure(fault: str, count: int, timeout: float) -> dict[str, Any]:
     env = HostEnv("faulty", {"vector": Box((2,))}, Discrete(2), make)
     config = RunConfig(
         env="faulty",
+        recipe="dreamer_v3",
         size="debug",
         agent=dreamer_v3.sized("debug"),
         envs=4,

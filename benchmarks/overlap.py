@@ -101,6 +101,7 @@ def main() -> None:
     for ratio in args.ratios:
         config = RunConfig(
             env="sleeper",
+            recipe="dreamer_v3",
             size=args.size,
             agent=dreamer_v3.sized(args.size),
             envs=args.envs,
