@@ -46,9 +46,8 @@ class Rhythm(NamedTuple):
 
     @property
     def most(self) -> int:
-        """The largest number of updates in one block."""
-        first = self.pretrain + self.earned // self.price
-        return max(first, -(-self.every * self.earned // self.price))
+        """The largest number of updates in one block, without those of `pretrain`; at least 1."""
+        return max(1, -(-self.every * self.earned // self.price))
 
     @property
     def first_update(self) -> int | None:

@@ -93,8 +93,8 @@ def on_host(config: RunConfig, agent_of: AgentOf, memory: Replay, rhythm: Rhythm
     """A replay in the host's memory: each update is a program from a batch to fresh memos.
 
     Which windows the updates of a round take depends on counters and keys alone, so one program
-    chooses for all of them before the first: the host gathers the rows of the next batch while the
-    device computes.
+    chooses for all of them before the first, or for the first `rhythm.most` of many: the host
+    gathers the rows of the next batch while the device computes.
     """
     lead = (config.members,) if config.members > 1 else ()
     choose = _chooser(memory, rhythm.most)
@@ -119,7 +119,7 @@ def on_host(config: RunConfig, agent_of: AgentOf, memory: Replay, rhythm: Rhythm
     return Store(
         (jax.jit(choose), backend.jit(update, donate_argnums=2)),
         arguments,
-        lambda choose, update: (_add, _learner(memory, choose, update)),
+        lambda choose, update: (_add, _learner(memory, rhythm.most, choose, update)),
         start=lambda start: lambda *members: start(*members)._replace(buffer=()),
         init=functools.partial(with_buffer, host.empty),
         shapes=functools.partial(with_buffer, host.outline),
@@ -173,11 +173,16 @@ def _add(buffer: Buffer, cursor: Cursor, rows: Step, memo: PyTree) -> tuple[Buff
     return buffer, cursor._replace(written=np.int32(written + 1))
 
 
-def _learner(memory: Replay, choose: Any, update: Any) -> Callable[..., Any]:
+def _learner(memory: Replay, most: int, choose: Any, update: Any) -> Callable[..., Any]:
     """`params, key, rest, due -> params, rest`: makes the updates of a round one by one."""
     length, newest = memory.length, memory.data == "newest"
 
     def learn(params: Params, key: Any, rest: TrainState, due: Any) -> tuple[Params, TrainState]:
+        for done in range(0, due, most):
+            params, rest = some(params, key, rest, min(most, due - done))
+        return params, rest
+
+    def some(params: Params, key: Any, rest: TrainState, due: Any) -> tuple[Params, TrainState]:
         buffer, clock = rest.buffer, rest.clock
         changed = _Changed(rest.agent, rest.account, rest.health)
         made = int(clock.updates)

@@ -1,11 +1,11 @@
-"""The fake recipe, for all tests of training."""
+"""The fake recipe exists while a file of these tests runs."""
 
 from collections.abc import Iterator
 
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def fake_recipe() -> Iterator[None]:
     from tests.train.fake import registered
 

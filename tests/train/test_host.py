@@ -235,6 +235,7 @@ def on_device(shape):
 CASES = {
     "round": ({"train_ratio": 9.0}, 3 * (40 - 8)),  # 4 * 9 / 12 = 3 updates a round
     "blocks": (BLOCKS, None),
+    "pretrain": ({"pretrain": 7}, 7 + 40 - 8),  # more than a round usually has
     "contexts": ({"context_every": 3}, 40 - 8),
     "empty": ({"agent": FakeConfig(memos=False)}, 40 - 8),
 }
