@@ -2,6 +2,7 @@
 
     python -m benchmarks.peers --out benchmarks/results/peers.jsonl
     python -m benchmarks.peers --reference ~/dreamerv3 --work update loop
+    python -m benchmarks.peers --peers --before ~/jaxwm-before --work update loop
 
 Peers are the packages `sheeprl` (PyTorch) and `dreamerv3` (the authors' of the paper's first
 version), and with `--reference` a checkout of the authors' present code. Each gets a virtual
@@ -12,7 +13,7 @@ ratios of medians. A peer that cannot be had here is in it too, with the reason 
 
 All compute in float32, the others with `--dtype bfloat16` in that. With images this package takes
 part a second time, as `jaxwm_strided`, with strided convolutions as the package `dreamerv3` has
-them.
+them. `--before` adds another checkout of this package, which shows what a change costs or gains.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from benchmarks.lines import emit, in_words, machine, number, parser_of
 from jaxwm.envs.host import cores
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKER = Path(__file__).with_name("peer_worker.py")
+WORKER = Path("benchmarks") / "peer_worker.py"  # in the checkout that is measured
 # What pip is asked for. `dreamerv3` needs releases of its year, and names a gym that no longer
 # builds: it is installed without what it names.
 REQUIREMENTS = {
@@ -85,6 +86,12 @@ def versions(python: Path | str) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
+def commit(checkout: Path) -> str:
+    """The commit of a checkout."""
+    git = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
 class Worker:
     """A process that holds one implementation, and works when told."""
 
@@ -95,11 +102,12 @@ class Worker:
         log: Path,
         paths: str,
         environment: Mapping[str, str] = os.environ,
+        checkout: Path = ROOT,
     ):
         self.log = log
         with log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
-                [str(python), "-P", str(WORKER), json.dumps(job)],
+                [str(python), "-P", str(checkout / WORKER), json.dumps(job)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -194,6 +202,7 @@ def main() -> None:
     peers = ("dreamerv3", "sheeprl")
     parser.add_argument("--peers", nargs="*", default=peers, choices=peers)
     parser.add_argument("--reference", type=Path, help="a checkout of the authors' present code")
+    parser.add_argument("--before", type=Path, help="another checkout of this package")
     parser.add_argument("--work", nargs="+", default=["update"], choices=("update", "loop"))
     parser.add_argument("--size", nargs="+", default=["size1m"], help="size1m or size12m")
     parser.add_argument("--obs", nargs="+", default=["vector"], choices=("vector", "image"))
@@ -220,12 +229,12 @@ def main() -> None:
             pythons[peer] = environment(peer, args.venvs)
         except Failure as failure:
             absent[peer] = {"error": str(failure)}
+    if args.before:
+        pythons["jaxwm_before"] = sys.executable
     about = {name: versions(python) for name, python in pythons.items()}
-    if args.reference:
-        git = ["git", "-C", str(args.reference), "rev-parse", "HEAD"]
-        about.setdefault("reference", {})["commit"] = subprocess.run(
-            git, capture_output=True, text=True
-        ).stdout.strip()
+    for name, checkout in (("reference", args.reference), ("jaxwm_before", args.before)):
+        if checkout:
+            about.setdefault(name, {})["commit"] = commit(checkout)
     kinds = [("update", size, obs) for size in args.size for obs in args.obs]
     kinds = kinds * ("update" in args.work)
     kinds += [("loop", size, "vector") for size in args.size] * ("loop" in args.work)
@@ -235,12 +244,17 @@ def main() -> None:
         job |= {x: getattr(args, x) for x in ("envs", "ratio", "steps", "shards")}
         job["path"] = str(args.reference.resolve()) if args.reference else ""
         # The packages have no loop that would be the same work.
-        names = [x for x in pythons if work == "update" or x in (*OURS, "reference")]
+        loops = (*OURS, "jaxwm_before", "reference")
+        names = [x for x in pythons if work == "update" or x in loops]
         names = [x for x in names if obs == "image" or x != "jaxwm_strided"]
         with tempfile.TemporaryDirectory() as folder:
 
             def start(name: str, job: dict = job, folder: str = folder) -> Worker:
                 log = Path(folder) / f"{name}.log"
+                if name == "jaxwm_before":
+                    before = args.before.resolve()
+                    job = job | {"peer": "jaxwm", "variant": "head"}
+                    return Worker(pythons[name], job, log, str(before), checkout=before)
                 if name not in OURS:
                     return Worker(pythons[name], job | {"peer": name}, log, "")
                 variant = "paper" if name == "jaxwm_strided" else "head"

@@ -350,8 +350,8 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _last(vector: Array, like: Array) -> Array:
-    """A vector with the rank of `like`: rank promotion is an error in tests."""
-    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
+    """A vector repeated along all axes of `like` but the last."""
+    return jnp.broadcast_to(vector.reshape((1,) * (like.ndim - 1) + (-1,)), like.shape)
 
 
 def call(module: nn.Module, method: str = "__call__") -> Callable[..., Any]:

@@ -1,8 +1,10 @@
 """Options of XLA's compiler for CPUs.
 
 XLA hands products and reductions to the library YNNPACK by default; its own code is faster for the
-shapes of world models. Vectors of 512 bits help CPUs that have them. benchmarks/README.md says how
-much. An option that the user sets in XLA_FLAGS stays as the user sets it.
+shapes of world models. Vectors of 512 bits help CPUs that have them. Of independent products in a
+loop XLA starts several at once, which then compete for the cores; in the order that saves memory it
+computes one after the other. benchmarks/README.md says how much each gains. An option that the user
+sets in XLA_FLAGS stays as the user sets it.
 """
 
 import functools
@@ -13,6 +15,7 @@ import jax
 OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "",
     "xla_cpu_prefer_vector_width": "512",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }
 
 

@@ -60,11 +60,15 @@ def scan(step: Callable[..., Any], params: Any, carry: Any, xs: Any) -> Any:
 
 
 def _hoist(eqn: Any, known: dict[Any, Any]) -> bool:
-    """Computes an equation of known values, unless its results are larger than they are."""
+    """Computes an equation of known values, unless its results are large and larger than they are.
+
+    A vector repeated for every row is small enough. In the loop its gradient would be a sum over
+    rows in every step; outside it is one sum after the loop.
+    """
     read = [var for var in eqn.invars if not isinstance(var, Literal)]
     if not read or eqn.effects or not all(var in known for var in read):
         return False
-    most = max(var.aval.size for var in read)
+    most = max(LARGE, *(var.aval.size for var in read))
     if any(var.aval.size > most for var in eqn.outvars):
         return False
     _compute(eqn, known)
