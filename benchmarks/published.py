@@ -78,7 +78,7 @@ TASKS = {
     "ppo-breakout": _blines(
         "minatar",
         "Breakout-MinAtar",
-        (2_560_000, 5_120_000, 7_680_000, 9_920_000),
+        (2_560_000, 5_120_000, 6_720_000, 9_920_000),
         together=False,
     ),
     # The straight way to the target earns exactly -1.5 (`jaxwm.envs.toy.OPTIMUM`).
