@@ -312,7 +312,7 @@ SETTINGS = {
     # settles before the model sees the ball.
     "catch": Setting(
         "gymnax/Catch-bsuite",
-        "a grid as observation, minutes on two CPU cores",
+        "a grid as observation, learnt in minutes on two CPU cores",
         steps=15_000,
         imagine=9,
         rec=5.0,
