@@ -25,6 +25,15 @@ def test_presets_for_two_cores_change_what_they_say():
         assert getattr(pole, name).learning_rate == Schedule(rate, 0.1 * rate)
 
 
+def test_presets_of_dreamer_v1_for_two_cores_change_what_they_say():
+    nano, reach = dreamer_v1.sized("nano"), dreamer_v1.config(preset="reach").agent
+    assert (reach.model.discount, reach.behavior.imagine, reach.weights.kl) == (0.8, 6, 0.1)
+    assert reach.model.core == nano.model.core and not reach.model.predict_ends
+    assert reach.value_optim.learning_rate == Schedule(1e-3, 1e-4)
+    assert dreamer_v1.config(preset="inverted_pendulum").agent.model.predict_ends
+
+
 def test_small_dreams_stay_small_with_any_preset():
-    run = dreamer_v2.config(preset="catch", size="debug")
-    assert run.agent.behavior.imagine == dreamer_v2.sized("debug").behavior.imagine
+    for recipe, preset in (dreamer_v1, "reach"), (dreamer_v2, "catch"):
+        run = recipe.config(preset=preset, size="debug")
+        assert run.agent.behavior.imagine == recipe.sized("debug").behavior.imagine
