@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from jaxwm import backend
 from jaxwm.agent import in_turn
 from jaxwm.behaviors.actor_critic_v2 import ActorCriticV2Config, actor_critic_v2
-from jaxwm.config import at_least, require, share
+from jaxwm.config import at_least, changed, require, share
 from jaxwm.models import codecs
 from jaxwm.models.codecs import ClassicCodecConfig
 from jaxwm.models.encoders import concat_size, token_size
@@ -29,8 +29,8 @@ from jaxwm.numerics import Scalar
 from jaxwm.optim import (
     AdamConfig,
     Number,
-    Schedule,
     adam_tf,
+    annealed,
     grouped,
     numbers_at_least,
     square_sums,
@@ -409,11 +409,7 @@ def config(
 
 def _tuned(agent: Config, setting: Setting) -> Config:
     """An agent with those numbers that a setting changes."""
-
-    def changed(part: Any, **numbers: Any) -> Any:
-        return dataclasses.replace(part, **{k: v for k, v in numbers.items() if v is not None})
-
-    agent = dataclasses.replace(
+    agent = changed(
         agent,
         behavior=changed(
             agent.behavior,
@@ -423,14 +419,8 @@ def _tuned(agent: Config, setting: Setting) -> Config:
         ),
         weights=changed(agent.weights, rec=setting.rec),
     )
-    if not setting.anneal:
-        return agent
-    optims = {name: getattr(agent, name) for name in ("model_optim", "policy_optim", "value_optim")}
-    falls = lambda rate: Schedule(rate, 0.1 * rate)  # noqa: E731
-    return dataclasses.replace(
-        agent,
-        **{name: changed(x, learning_rate=falls(x.learning_rate)) for name, x in optims.items()},
-    )
+    optims = ("model_optim", "policy_optim", "value_optim") if setting.anneal else ()
+    return annealed(agent, *optims)
 
 
 RECIPE = Recipe(NAME, Config, agent, config, PRESETS)
