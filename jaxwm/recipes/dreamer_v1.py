@@ -311,7 +311,7 @@ SETTINGS = {
     "pendulum": Setting(
         "gymnax/Pendulum-v1",
         "swing-up, learnt in minutes on two CPU cores",
-        steps=10_000,
+        steps=9_000,
         repeat=2,
         rec=10.0,
         kl=0.1,
@@ -334,7 +334,7 @@ SETTINGS = {
         "64x64 colour frames, learnt on two CPU cores",
         ends=True,
         envs=8,
-        steps=8_000,
+        steps=5_000,
         batch=8,
         window=8,
         imagine=7,
