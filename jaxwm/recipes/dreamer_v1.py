@@ -271,6 +271,7 @@ class Setting(NamedTuple):
       rec: weight of the reconstruction; None for the size's.
       kl: weight of the KL; None for the size's.
       discount: discount of one step; None for the size's.
+      policy_rate: learning rate of the policy; None for the size's.
       anneal: whether the learning rates fall linearly, to a tenth at the end of the run.
     """
 
@@ -289,6 +290,7 @@ class Setting(NamedTuple):
     rec: float | None = None
     kl: float | None = None
     discount: float | None = None
+    policy_rate: float | None = None
     anneal: bool = False
 
 
@@ -311,11 +313,12 @@ SETTINGS = {
     "pendulum": Setting(
         "gymnax/Pendulum-v1",
         "swing-up, learnt in minutes on two CPU cores",
-        steps=9_000,
+        steps=10_000,
         repeat=2,
         rec=10.0,
         kl=0.1,
         discount=0.95,
+        policy_rate=1e-4,
         anneal=True,
     ),
     # A pole leans by hundredths: what is so small in squares must count against the KL.
@@ -331,7 +334,7 @@ SETTINGS = {
     ),
     "pixels": Setting(
         "toy/Pixels",
-        "64x64 colour frames, learnt on two CPU cores",
+        "64x64 colour frames, on two CPU cores",
         ends=True,
         envs=8,
         steps=5_000,
@@ -409,6 +412,7 @@ def _tuned(agent: Config, setting: Setting) -> Config:
         model=changed(agent.model, discount=setting.discount, predict_ends=setting.ends or None),
         behavior=changed(agent.behavior, imagine=setting.imagine),
         weights=changed(agent.weights, rec=setting.rec, kl=setting.kl),
+        policy_optim=changed(agent.policy_optim, learning_rate=setting.policy_rate),
     )
     optims = ("model_optim", "policy_optim", "value_optim") if setting.anneal else ()
     return annealed(agent, *optims)
