@@ -309,7 +309,8 @@ SETTINGS = {
         discount=0.8,
         anneal=True,
     ),
-    # Rewards of -16 a step, and no slow copy of the critic: over a longer view its values run away.
+    # A discount of 0.98 learnt nothing in that time, and a faster policy learnt with fewer seeds.
+    # Three of five seeds learn.
     "pendulum": Setting(
         "gymnax/Pendulum-v1",
         "swing-up, learnt in minutes on two CPU cores",
