@@ -313,7 +313,7 @@ SETTINGS = {
     # Three of five seeds learn.
     "pendulum": Setting(
         "gymnax/Pendulum-v1",
-        "swing-up, learnt in minutes on two CPU cores",
+        "swing-up, on two CPU cores",
         steps=10_000,
         repeat=2,
         rec=10.0,

@@ -332,7 +332,7 @@ SETTINGS = {
     # Noise as in Dreamer V1. Four of five seeds learn with it, and without.
     "pendulum": Setting(
         "brax/inverted_pendulum",
-        "continuous actions, learnt in minutes on two CPU cores",
+        "continuous actions, on two CPU cores",
         steps=14_000,
         repeat=2,
         batch=4,
