@@ -163,6 +163,13 @@ def unchecked(config: T, **values: Any) -> T:
     return config
 
 
+def changed(config: T, **values: Any) -> T:
+    """The same configuration with other values; None leaves what is there."""
+    given = {name: value for name, value in values.items() if value is not None}
+    whole: Any = config
+    return dataclasses.replace(whole, **given)
+
+
 def require(condition: bool, message: str) -> None:
     """Raises a `JaxwmError` with `message` unless `condition` holds."""
     if not condition:

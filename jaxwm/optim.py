@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxwm.config import Inline, at_least, positive, require, unchecked
+from jaxwm.config import Inline, at_least, changed, positive, require, unchecked
 from jaxwm.numerics import Scalar, wide
 from jaxwm.types import JaxwmError, Params
 
@@ -159,6 +159,23 @@ def resolve(config: T, updates: int) -> T:
         return config
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return unchecked(config, **{name: resolve(value, updates) for name, value in values.items()})
+
+
+def annealed(config: T, *names: str) -> T:
+    """A configuration whose optimisers `names` end a run at a tenth of their learning rates.
+
+    The rates fall linearly.
+
+    Args:
+      config: a dataclass that holds the optimisers' configurations.
+      names: entries of it with a constant `learning_rate`.
+    """
+    optims = {}
+    for name in names:
+        rate = getattr(config, name).learning_rate
+        falling = Schedule(rate, 0.1 * rate)
+        optims[name] = changed(getattr(config, name), learning_rate=falling)
+    return changed(config, **optims)
 
 
 def numbers_at_least(config: Any, minimum: float, *names: str) -> None:

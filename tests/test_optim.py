@@ -439,3 +439,11 @@ def test_clipped_adam_is_that_of_optax():
         want, other = theirs.update(scaled, other)
         got = jax.tree.map(lambda x: -1e-2 * x, change)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), got, want)
+
+
+def test_annealed_optimisers_end_at_a_tenth_and_the_others_stay():
+    pair = optim.AdamConfig(2e-3), optim.AdamConfig(1e-3)
+    Both = dataclasses.make_dataclass("Both", ["one", "other"], frozen=True)
+    got = optim.annealed(Both(*pair), "one")
+    assert got.one.learning_rate == optim.Schedule(2e-3, 0.1 * 2e-3) and got.other == pair[1]
+    assert optim.annealed(Both(*pair)) == Both(*pair)
