@@ -60,10 +60,10 @@ def scan(step: Callable[..., Any], params: Any, carry: Any, xs: Any) -> Any:
 
 
 def _hoist(eqn: Any, known: dict[Any, Any]) -> bool:
-    """Computes an equation of known values, unless its results are large and larger than they are.
+    """Computes an equation of known values, unless a result is large and larger than its inputs.
 
-    A vector repeated for every row is small enough. In the loop its gradient would be a sum over
-    rows in every step; outside it is one sum after the loop.
+    A vector repeated for every row is usually small enough. Inside the loop, its gradient would be
+    a sum over rows in every step; outside, it is one sum after the loop.
     """
     read = [var for var in eqn.invars if not isinstance(var, Literal)]
     if not read or eqn.effects or not all(var in known for var in read):
