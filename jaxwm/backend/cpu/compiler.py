@@ -2,9 +2,9 @@
 
 XLA hands products and reductions to the library YNNPACK by default; its own code is faster for the
 shapes of world models. Vectors of 512 bits help CPUs that have them. By default XLA runs
-independent products of a loop at the same time, and they compete for the cores. The memory-optimised scheduler
-runs them one after the other. benchmarks/README.md gives the gains. Options that the user sets in
-XLA_FLAGS are kept.
+independent products of a loop at the same time, and they compete for the cores. The
+memory-optimised scheduler runs them one after the other. benchmarks/README.md gives the gains.
+Options that the user sets in XLA_FLAGS are kept.
 """
 
 import functools
